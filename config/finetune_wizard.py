@@ -1,0 +1,26 @@
+# Go on from a model of yours: the one that learnt Shakespeare now reads the Wizard of Oz.
+# First: python train.py config/train_shakespeare_char.py
+#
+# Letters that both texts have keep what was learnt of them, new ones (curly quotes) start afresh.
+# The shape of the model comes from the checkpoint.
+
+init_from = 'out-shakespeare-char'  # a checkpoint, its folder, or gpt2 for OpenAI's weights
+out_dir = 'out-finetune-wizard'
+dataset = 'wizard_char'
+prepare = 'prepare_wizard_char.py'
+
+eval_interval = 50
+eval_iters = 20
+log_interval = 10
+sample_start = 'Dorothy'
+
+gradient_accumulation_steps = 1
+batch_size = 32
+block_size = 64  # at most the checkpoint's
+dropout = 0.1
+
+learning_rate = 3e-4  # a third of what it was trained with: it is to adapt, not to forget
+min_lr = 3e-5
+warmup_iters = 10
+max_iters = 300
+beta2 = 0.99

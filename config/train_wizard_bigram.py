@@ -1,0 +1,23 @@
+# The baseline that attention has to beat: each character guessed from the one before it alone.
+# About 10 seconds on a laptop's CPU. Expect a validation loss near 2.4 nats per character.
+
+out_dir = 'out-wizard-bigram'
+dataset = 'wizard_char'
+prepare = 'prepare_wizard_char.py'
+model = 'bigram'
+
+eval_interval = 100
+eval_iters = 0  # the whole split: it is small
+log_interval = 50
+sample_tokens = 120
+
+block_size = 64  # only says how many pairs a row holds: a bigram looks back on one
+batch_size = 256  # many pairs at once, since there is little to compute
+gradient_accumulation_steps = 1
+weight_decay = 0.0  # a table of log-odds has no reason to be small
+
+learning_rate = 0.1  # each row sees few updates, so they are large ones
+min_lr = 1e-3
+warmup_iters = 0
+max_iters = 500
+beta2 = 0.99

@@ -1,0 +1,35 @@
+# The Wonderful Wizard of Oz, character by character: about a minute on two CPU cores.
+# Expect a validation loss near 1.38 nats per character there (a bigram gets 2.4).
+
+import torch
+
+out_dir = 'out-wizard-char'
+dataset = 'wizard_char'
+prepare = 'prepare_wizard_char.py'
+
+eval_interval = 200
+eval_iters = 20
+log_interval = 50
+sample_tokens = 240
+sample_start = 'Dorothy'
+
+gradient_accumulation_steps = 1
+beta2 = 0.99  # an update sees few tokens
+warmup_iters = 50
+
+if torch.cuda.is_available():
+    batch_size = 64
+    block_size = 256
+    n_layer, n_head, n_embd = 6, 6, 384
+    dropout = 0.3  # the book is short, and this model could learn it by heart
+    learning_rate = 2e-3
+    min_lr = 1e-4
+    max_iters = 1500
+else:
+    batch_size = 16
+    block_size = 128
+    n_layer, n_head, n_embd = 4, 4, 128
+    dropout = 0.0  # it stops before it overfits, and random numbers are slow on a CPU
+    learning_rate = 5e-3  # small models like it high
+    min_lr = 2.5e-4
+    max_iters = 1600

@@ -1,0 +1,467 @@
+"""The whole GPT: its sizes, its blocks, its loss, and how it writes.
+
+    model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=16))
+    logits, loss = model(idx, targets)                # learn: each position predicts the next token
+    idx = model.generate(idx, max_new_tokens=100)     # write: one token after another
+
+`Bigram`, the smallest language model there is, has the same interface: it is what attention has to
+beat. Nothing here knows of flags, datasets or training; see train.py for those.
+
+The architecture is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762.
+"""
+
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# Sizes by name: (n_layer, n_head, n_embd). The GPT-3 rows are table 2.1 of Brown et al. 2020,
+# arXiv:2005.14165, with two mended where the printed numbers do not divide into heads: 1.3B prints
+# 24 heads of 128 for a width of 2048 (here 16 heads), 13B a width of 5140 (here 40 x 128 = 5120).
+MODEL_SIZES = {
+    'gpt2': (12, 12, 768),
+    'gpt2-medium': (24, 16, 1024),
+    'gpt2-large': (36, 20, 1280),
+    'gpt2-xl': (48, 25, 1600),
+    'gpt3-125m': (12, 12, 768),
+    'gpt3-350m': (24, 16, 1024),
+    'gpt3-760m': (24, 16, 1536),
+    'gpt3-1.3b': (24, 16, 2048),
+    'gpt3-2.7b': (32, 32, 2560),
+    'gpt3-6.7b': (32, 32, 4096),
+    'gpt3-13b': (40, 40, 5120),
+    'gpt3-175b': (96, 96, 12288),
+}
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError, in one sentence, for a shape that cannot be."""
+
+    block_size: int = 1024  # how many tokens the model can look back on
+    vocab_size: int = 50304  # rows of the embedding: GPT-2's 50257 ids padded to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; without is a bit faster
+    gelu: str = 'erf'  # 'erf' is the exact GELU; OpenAI's GPT-2 weights want the 'tanh' form
+    real_vocab_size: int | None = None  # ids from here on are padding and are never sampled
+
+    def __post_init__(self):
+        if self.real_vocab_size is None:
+            self.real_vocab_size = 50257 if self.vocab_size == 50304 else self.vocab_size
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'real_vocab_size'):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f'{name} is {value!r}: it must be a whole number from 1 up')
+        if self.n_embd % self.n_head:
+            nearest = max(self.n_head, round(self.n_embd / self.n_head) * self.n_head)
+            raise ValueError(
+                f'n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: '
+                f'n_embd={nearest} would'
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and below 1')
+        if self.gelu not in ('erf', 'tanh'):
+            raise ValueError(f"gelu is {self.gelu!r}: it must be 'erf' or 'tanh'")
+        if self.real_vocab_size > self.vocab_size:
+            raise ValueError(
+                f'the tokenizer has {self.real_vocab_size} ids, the model only '
+                f'vocab_size={self.vocab_size}: raise vocab_size or change the tokenizer'
+            )
+
+    def model_args(self):
+        """The seven settings that a checkpoint calls `model_args`."""
+        return {k: v for k, v in asdict(self).items() if k not in ('gelu', 'real_vocab_size')}
+
+
+class LanguageModel(nn.Module):
+    """What every model here can do once it has `forward(idx, targets, cache)`: write."""
+
+    def new_cache(self, batch_size):
+        """An empty memory for `forward` to fill, or None for a model that needs none."""
+        return None
+
+    def num_params(self):
+        """Number of weights, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
+        """Append `max_new_tokens` to every row of `idx`: (B, T) int64 to (B, T + max_new_tokens).
+
+        The other arguments are those of `stream`.
+        """
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, **kwargs)
+        return torch.cat([idx, *tokens], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Yield the next tokens of the B texts in `idx`, a (B, 1) int64 tensor at a time.
+
+        idx: (B, T) int64, T >= 1. temperature, top_k, top_p: see `sample_from`. generator: a
+        torch.Generator on the device of `idx`, for samples that can be had again.
+
+        The prompt is read once, then each step reads one token and finds the earlier ones in the
+        cache. Positions are learned, so a full window can't just slide: its most recent half is
+        read anew, which costs one pass over block_size / 2 tokens every block_size / 2 steps or so. Of a
+        prompt longer than block_size, the end is kept.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f'max_new_tokens is {max_new_tokens}: it cannot be negative')
+        was_training = self.training
+        self.eval()
+        block_size = self.config.block_size
+        window = unread = idx[:, -block_size:]
+        cache = self.new_cache(len(idx))
+        try:
+            for _ in range(max_new_tokens):
+                logits, _ = self(unread, cache=cache)
+                logits = logits[:, -1, : self.config.real_vocab_size].float()
+                unread = sample_from(logits, temperature, top_k, top_p, generator)
+                yield unread
+                if window.size(1) == block_size:
+                    window = window[:, block_size - block_size // 2 + 1 :]
+                    window = unread = torch.cat([window, unread], dim=1)
+                    cache = self.new_cache(len(idx))
+                else:
+                    window = torch.cat([window, unread], dim=1)
+        finally:
+            self.train(was_training)
+
+
+def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Choose one token for each row: logits (B, V) float32 to ids (B, 1) int64.
+
+    temperature: below 1 sharpens, above 1 flattens, 0 takes the likeliest token. top_k: only the k
+    likeliest tokens count (Fan et al. 2018, arXiv:1805.04833). top_p: only the likeliest tokens
+    that together reach probability p do (nucleus sampling: Holtzman et al. 2019,
+    arXiv:1904.09751). Raises ValueError for values outside their range.
+    """
+    if temperature < 0:
+        raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or above')
+    if top_k is not None and top_k < 1:
+        raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1')
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth_best = logits.topk(top_k).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth_best, -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    if top_p is not None and top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        # A token stays if those ahead of it have not reached p yet, so the first always stays.
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, num_samples=1, generator=generator)
+
+
+class Bigram(LanguageModel):
+    """The next token given the last one alone: a table of logits, trained like any other model.
+
+    Its loss is bounded by the entropy of letter pairs; whatever a GPT does better, it learnt from
+    looking further back.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.zeros_(self.table.weight)  # every next token is equally likely: loss ln V
+
+    def forward(self, idx, targets=None, cache=None):
+        """As `GPT.forward`; there is nothing to cache."""
+        if targets is None:
+            return self.table(idx[:, [-1]]), None
+        logits = self.table(idx)
+        return logits, next_token_loss(logits, targets)
+
+    def flops_per_token(self):
+        """The table is looked up, not multiplied."""
+        return 0
+
+
+def next_token_loss(logits, targets):
+    """Mean cross-entropy in nats: logits (B, T, V), targets (B, T) int64, -1 where none counts."""
+    logits = logits.float()  # bf16 has too few digits for a log-sum-exp
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class KVCache:
+    """What one attention layer remembers: the keys and values of the tokens read so far."""
+
+    def __init__(self, batch_size, config, like):
+        head_size = config.n_embd // config.n_head
+        shape = (2, batch_size, config.n_head, config.block_size, head_size)
+        self.kv = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, k, v):
+        """Add k and v, (B, n_head, T, head_size) each; return all so far, T grown to `length`."""
+        start, self.length = self.length, self.length + k.size(2)
+        self.kv[0, :, :, start : self.length] = k
+        self.kv[1, :, :, start : self.length] = v
+        return self.kv[:, :, :, : self.length].unbind(0)
+
+
+def attend(q, k, v, dropout=0.0):
+    """Causal attention, spelled out: softmax(q k^T / sqrt(head_size) + mask) v.
+
+    q: (B, n_head, T, head_size); k, v: (B, n_head, S, head_size), where the T queries are the last
+    of the S positions (S > T when there is a cache). Returns the shape of q. Each query scores all
+    keys; the mask bars those after its own position; softmax turns the scores into weights; the
+    result is the weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
+    """
+    T, S = q.size(2), k.size(2)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, S)
+    if T > 1:  # a single query is the latest position and may see every key
+        mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device)
+        scores = scores + mask.triu(diagonal=S - T + 1)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v
+
+
+class Attention(nn.Module):
+    """Tokens look at earlier tokens and take from them what they need."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape  # batch, time, channels
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, n_head, T, head_size)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        S = k.size(2)
+        if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 512:
+            y = attend(q, k, v, dropout)  # on CPU in bf16, 2 x the speed of the fused one at T=256
+        elif T in (1, S):
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        else:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each token thinks by itself: four times wider, a bend, and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Communicate, then compute; each adds to the residual stream what it found.
+
+    The norm comes first ("pre-norm"), so the stream itself is never squeezed: Xiong et al. 2020,
+    arXiv:2002.04745.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(LanguageModel):
+    """GPT-2: token and position embeddings, n_layer blocks, a norm, and logits over the tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(config.vocab_size, config.n_embd),
+            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            'drop': nn.Dropout(config.dropout),
+            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # One matrix reads tokens and predicts them: Press & Wolf 2017, arXiv:1608.05859.
+        self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's start: N(0, 0.02) matrices, zero biases, LayerNorms that do nothing yet.
+
+        Each block adds twice to the residual stream, so the 2 n_layer projections that do start
+        smaller by sqrt(2 n_layer), and the stream's variance doesn't grow with depth.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() >= 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def new_cache(self, batch_size):
+        """One empty KVCache a layer."""
+        like = self.lm_head.weight
+        return [KVCache(batch_size, self.config, like) for _ in self.transformer.h]
+
+    def forward(self, idx, targets=None, cache=None):
+        """Predict the token after each of `idx`.
+
+        idx: (B, T) int64 ids. targets: (B, T) int64, the ids that did come next, -1 where none
+        counts. cache: from `new_cache`; `idx` then holds only the tokens not read before.
+
+        Returns (logits, loss). With targets: logits (B, T, vocab_size) and the mean cross-entropy
+        in nats, a float32 scalar. Without: the last position's logits, (B, 1, vocab_size), and
+        None. Raises ValueError if the context would be longer than block_size.
+        """
+        T = idx.size(1)
+        start = cache[0].length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(
+                f'{start + T} tokens do not fit the context of block_size={self.config.block_size}:'
+                ' pass the last ones only'
+            )
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache[layer] if cache else None)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None
+        logits = self.lm_head(x)
+        return logits, next_token_loss(logits, targets)
+
+    def flops_per_token(self):
+        """Floating-point operations to train on one token: forward and backward.
+
+        6 for each weight that multiplies and 12 n_layer n_embd T for attention: Chowdhery et al.
+        2022 (PaLM), arXiv:2204.02311, appendix B. Position embeddings are only looked up.
+        """
+        c = self.config
+        weights = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, say to fine-tune a long model on little memory."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(
+                f'block_size={block_size} is not within the {self.config.block_size} positions '
+                'that the model has learnt'
+            )
+        self.config.block_size = block_size
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False
+        )
+
+    @classmethod
+    def from_pretrained(cls, name, dropout=0.0):
+        """GPT-2's weights from Hugging Face: 'gpt2' ... 'gpt2-xl', or a local folder of that form.
+
+        Raises ImportError without the package transformers, ValueError for another architecture,
+        OSError when the weights can't be had.
+        """
+        from transformers import AutoConfig, GPT2LMHeadModel
+
+        c = AutoConfig.from_pretrained(name)
+        gelu = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}
+        plain = c.model_type == 'gpt2' and c.activation_function in gelu
+        plain = plain and c.n_inner in (None, 4 * c.n_embd) and c.tie_word_embeddings
+        if not plain or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights:
+            raise ValueError(f'{name} is not a plain GPT-2, and only those can be loaded')
+        model = cls(GPTConfig(
+            block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, dropout=dropout, bias=True, gelu=gelu[c.activation_function],
+        ))
+        weights = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32).state_dict()
+        for key in model.state_dict():
+            if key.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight')):
+                weights[key] = weights[key].t()  # theirs are Conv1D: (in, out)
+        model.load_state_dict({key: weights[key] for key in model.state_dict()})
+        return model
+
+
+def checkpoint_file(path):
+    """The file to read for `path`: itself, or in a folder best.pt and else ckpt.pt."""
+    if not os.path.isdir(path):
+        return path
+    for name in ('best.pt', 'ckpt.pt'):
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise FileNotFoundError(f'no best.pt or ckpt.pt in the folder {path}: train into it first')
+
+
+def load_checkpoint(path, device='cpu'):
+    """Read a checkpoint, ours or nanoGPT's, as a dict of tensors and plain types.
+
+    Only those are ever unpickled, so a stranger's file cannot run code. Raises FileNotFoundError or
+    ValueError with a sentence for a file that is missing, damaged or something else.
+    """
+    path = checkpoint_file(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'no checkpoint {path}: train one first, or mend the path')
+    if os.path.getsize(path) == 0:
+        raise ValueError(f'{path} is empty: the copy failed, or something else made it')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if 'Unsupported' in str(error) or 'unsupported' in str(error):
+            raise ValueError(
+                f'{path} holds more than tensors and plain values and might run code, so it was '
+                'not loaded: get the file from whom you trust, saved with plain types'
+            ) from None
+        raise ValueError(f'{path} is not a checkpoint: give the .pt file that train.py wrote') from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, TypeError) as error:
+        first_line = str(error).split('\n')[0][:100]
+        raise ValueError(f'{path} is damaged or cut off ({first_line}): take an older copy') from None
+    missing = {'model', 'model_args'} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ValueError(
+            f'{path} is no GPT checkpoint: it has no {" and no ".join(sorted(missing))}'
+        )
+    # Compiled models used to be saved under their wrapper's name.
+    weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+    # Attention masks were once saved as well: (1, 1, T, T) tensors.
+    checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    return checkpoint
+
+
+def build_model(checkpoint, **changes):
+    """The model of a `load_checkpoint` dict, with its weights; `changes` override the config."""
+    config = checkpoint.get('config', {})
+    tokenizer = checkpoint.get('tokenizer') or {}
+    extra = {'gelu': config.get('gelu', 'erf'), 'real_vocab_size': tokenizer.get('vocab_size')}
+    cls = Bigram if config.get('model') == 'bigram' else GPT
+    model = cls(GPTConfig(**{**checkpoint['model_args'], **extra, **changes}))
+    try:
+        model.load_state_dict(checkpoint['model'])
+    except RuntimeError as error:
+        lines = str(error).split('\n')
+        raise ValueError(f'the weights do not fit the model: {lines[min(1, len(lines) - 1)].strip()}') from None
+    return model

@@ -1,0 +1,36 @@
+"""Tiny Shakespeare, by characters, split as nanoGPT does: 90 % train, 10 % val.
+
+    python prepare_shakespeare_char.py                   # fetches 1.1 MB
+    python prepare_shakespeare_char.py --input=FILE      # takes your copy
+
+Gives 1,003,854 train and 111,540 val tokens of 65 characters in data/shakespeare_char.
+"""
+
+from dataclasses import dataclass
+
+import runtime
+from configurator import override
+from prepare_text import fetch, prepare, read_text
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+
+
+@dataclass
+class ShakespeareConfig:
+    dataset: str = 'shakespeare_char'  # files go to data/<dataset>
+    tokenizer: str = 'char'  # or gpt2: 301,966 train and 36,059 val tokens
+    input: str = ''  # a file to use instead of downloading
+
+
+def is_shakespeare(data):
+    return data.startswith(b'First Citizen:') and len(data) == 1_115_394
+
+
+def main(argv):
+    cfg = override(ShakespeareConfig(), argv, usage=__doc__)
+    path = cfg.input or fetch(cfg.dataset, URL, is_shakespeare)
+    prepare(read_text([path]), cfg.dataset, cfg.tokenizer, source=cfg.input or URL)
+
+
+if __name__ == '__main__':
+    runtime.run(main)

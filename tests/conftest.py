@@ -1,0 +1,58 @@
+"""What the tests share: a folder to work in, a small dataset, and the scripts as real processes."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import prepare_text
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STORY = os.path.join(ROOT, 'data', 'oz_retold.txt')
+
+# A model and a run that take a second or two.
+TINY = dict(
+    dataset='tiny', out_dir='out', gradient_accumulation_steps=2, batch_size=4, block_size=16,
+    n_layer=2, n_head=2, n_embd=32, learning_rate=1e-2, warmup_iters=2, max_iters=6,
+    eval_interval=3, eval_iters=2, log_interval=1, sample_tokens=8, device='cpu', dtype='float32',
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(folder):
+    """A current folder with the dataset `tiny`: the first 20,000 characters of the retold story."""
+    with open(STORY, encoding='utf-8') as file:
+        text = file.read(20_000)
+    prepare_text.prepare(text, 'tiny', test_fraction=0.1, source='test')
+    return folder
+
+
+def flags(**settings):
+    return [f'--{name}={value}' for name, value in settings.items()]
+
+
+def script(name, *args, processes=1, input=None, env=None, timeout=120):
+    """Run one of the scripts in the current folder as a user would; under torchrun for several."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    environment = os.environ | {'OMP_NUM_THREADS': '1'} | (env or {})
+    return subprocess.run(
+        [*command, os.path.join(ROOT, name), *args], input=input, capture_output=True, text=True,
+        env=environment, timeout=timeout, encoding='utf-8',
+    )
+
+
+def steps(output):
+    """The evaluations that a run printed: [(iteration, train loss, val loss)]."""
+    found = re.findall(r'^step (\d+): train loss ([\d.]+), val loss ([\d.]+)', output, re.M)
+    return [(int(it), float(train), float(val)) for it, train, val in found]

@@ -1,0 +1,111 @@
+"""Override files and flags."""
+
+import glob
+import os
+from dataclasses import asdict
+
+import pytest
+from conftest import ROOT, script
+
+from configurator import override
+from model import MODEL_SIZES
+from runtime import UsageError
+from sample import SampleConfig
+from train import TrainConfig
+
+
+def settings(*argv):
+    return override(TrainConfig(), argv)
+
+
+def test_files_and_flags_apply_from_left_to_right(folder):
+    (folder / 'a.py').write_text('batch_size = 2\nlearning_rate = 1\nout_dir = "a"\n')
+    (folder / 'b.py').write_text('import time\n_half = 8 // 2\nbatch_size = _half * 2\n')
+    cfg = settings('a.py', 'b.py', '--out_dir=x=y', '--learning_rate=2', '--compile=false')
+    assert cfg.batch_size == 8 and cfg.out_dir == 'x=y' and cfg.compile is False
+    assert cfg.learning_rate == 2.0 and isinstance(cfg.learning_rate, float)
+    assert settings('--batch_size=3', 'a.py').batch_size == 2
+    assert TrainConfig().batch_size == 12
+
+
+@pytest.mark.parametrize('text, value', [
+    ('true', True), ('True', True), ('1', True), ('false', False), ('False', False), ('0', False),
+])
+def test_truth_has_many_spellings(text, value):
+    assert settings(f'--eval_only={text}').eval_only is value
+    assert settings(f'--compile={text}').compile is value
+
+
+def test_bare_flags_dashes_and_none():
+    assert settings('--eval_only').eval_only is True
+    assert settings('--eval-interval=7').eval_interval == 7
+    assert settings('--compile=none').compile is None
+    assert settings('--lr_decay_iters=None', '--max_iters=5').lr_decay_iters == 5
+    assert override(SampleConfig(), ['--top_k=None']).top_k is None
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('--bach_size=3', "'batch_size'"), ('--qqqqqq=1', '--help'), ('--batch_size=big', 'whole number'),
+    ('--batch_size=1.5', 'whole number'), ('--learning_rate=fast', 'a number'), ('--batch_size', '='),
+    ('--compile=perhaps', 'true or false'), ('missing.py', 'missing.py'), ('--batch_size=', 'whole'),
+])
+def test_wrong_arguments_are_named(folder, argument, words):
+    with pytest.raises(UsageError, match=words) as error:
+        settings(argument)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('source, words', [
+    ('bach_size = 3', "'batch_size'"), ('batch_size = 1.5', '1.5'), ('batch_size = True', 'True'),
+    ('compile = "yes"', 'yes'), ('out_dir = 3', 'a text'), ('learning_rate = "1"', 'a number'),
+    ('x = = 3', 'SyntaxError'), ('1 / 0', 'ZeroDivisionError'), ('def f(): pass', "'f'"),
+])
+def test_wrong_override_files_are_named(folder, source, words):
+    (folder / 'wrong.py').write_text(source)
+    with pytest.raises(UsageError, match=words) as error:
+        settings('wrong.py')
+    assert 'wrong.py' in str(error.value)
+
+
+def test_nanogpts_override_files_run_unchanged(folder):
+    """Every setting of nanoGPT's trainer, as its files assign them."""
+    (folder / 'theirs.py').write_text('''
+import time
+out_dir = 'out-x'; eval_interval = 5; log_interval = 1; eval_iters = 40; eval_only = False
+always_save_checkpoint = False; init_from = 'gpt2-xl'; wandb_log = False; wandb_project = 'owt'
+wandb_run_name = 'ft-' + str(time.time()); dataset = 'shakespeare'
+gradient_accumulation_steps = 5 * 8; batch_size = 1; block_size = 1024; n_layer = 12; n_head = 12
+n_embd = 768; dropout = 0.0; bias = False; learning_rate = 3e-5; max_iters = 20; weight_decay = 1e-1
+beta1 = 0.9; beta2 = 0.95; grad_clip = 1.0; decay_lr = False; warmup_iters = 0; min_lr = 0
+lr_decay_iters = 20; backend = 'nccl'; device = 'cpu'; dtype = 'bfloat16'; compile = False
+''')
+    cfg = settings('theirs.py')
+    assert cfg.gradient_accumulation_steps == 40 and cfg.compile is False and cfg.min_lr == 0.0
+
+
+def test_nanogpts_sampling_flags_are_known():
+    names = ('init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype '
+             'compile').split()
+    assert set(names) <= asdict(SampleConfig()).keys()
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))))
+def test_every_config_is_valid(path):
+    assert settings(path).out_dir != 'out' or 'eval' in path
+
+
+def test_model_size_by_name():
+    cfg = settings('--model_size=gpt2-medium')
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == MODEL_SIZES['gpt2-medium']
+    with pytest.raises(UsageError, match='gpt2-xl'):
+        settings('--model_size=gpt5')
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py'])
+def test_help_shows_every_setting_with_its_reason(name):
+    result = script(name, '--help')
+    config = {'train.py': TrainConfig, 'sample.py': SampleConfig}[name]()
+    assert result.returncode == 0
+    for setting in asdict(config):
+        line = next(line for line in result.stdout.split('\n') if f'--{setting}=' in line[:40])
+        assert len(line.split('  ')[-1].split()) >= 3, line

@@ -1,0 +1,211 @@
+"""The models, compared with what they must equal."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, MODEL_SIZES, Bigram, GPTConfig, attend, sample_from
+
+SMALL = dict(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=32)
+
+
+def small_gpt(**changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL | changes)).eval()
+    for p in model.parameters():  # larger than at the start, so that the logits differ
+        if p.dim() >= 2:
+            p.data *= 10
+    return model
+
+
+def random_ids(*shape):
+    return torch.randint(65, shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model, idx):
+    """(B, T, vocab_size) for all positions."""
+    return model(idx, idx)[0]
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_no_position_sees_a_later_one(bias):
+    model, idx = small_gpt(bias=bias), random_ids(2, 32)
+    changed = idx.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 65
+    before, after = logits_of(model, idx), logits_of(model, changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20], after[:, 20])
+    assert not torch.allclose(before[:, 31], after[:, 31])
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_spelled_out_equals_torchs(dtype, tolerance):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 48, 16).to(dtype)
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert (attend(q, k, v) - fused).abs().max() < tolerance
+    assert torch.allclose(attend(q[:, :, -5:], k, v), attend(q, k, v)[:, :, -5:], atol=tolerance)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+def test_cached_logits_equal_uncached(dtype, tolerance):
+    model, idx = small_gpt().to(dtype), random_ids(3, 32)
+    whole = logits_of(model, idx)
+    cache = model.new_cache(3)
+    for start, end in [(0, 7), (7, 8), (8, 9), (9, 20), (20, 32)]:  # prefill, steps, chunks
+        logits, _ = model(idx[:, start:end], cache=cache)
+        assert logits.shape == (3, 1, 65)
+        assert (logits[:, 0] - whole[:, end - 1]).abs().max() < tolerance * whole.abs().max()
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_the_loop_without_a_cache():
+    model, idx = small_gpt(), random_ids(2, 5)
+    expected = idx
+    while expected.size(1) < 32:
+        nxt = logits_of(model, expected)[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, nxt], dim=1)
+    assert torch.equal(model.generate(idx, 27, temperature=0), expected)
+
+
+@torch.no_grad()
+def test_generation_past_block_size_reads_the_last_half_window_anew():
+    model, idx = small_gpt(), random_ids(1, 50)
+    out = model.generate(idx, 40, temperature=0)
+    assert out.shape == (1, 90) and torch.equal(out[:, :50], idx)
+    assert out[0, 50] == logits_of(model, out[:, 18:50])[0, -1].argmax()  # the prompt's end
+    for step in range(1, 40):  # then windows of 16 to 32 tokens
+        start = 35 + 17 * ((step - 1) // 17)
+        window = out[:, start : 50 + step]
+        assert 16 <= window.size(1) <= 32
+        assert out[0, 50 + step] == logits_of(model, window)[0, -1].argmax(), step
+
+
+@pytest.mark.parametrize('block_size', [1, 2, 3])
+def test_generation_works_in_the_smallest_contexts(block_size):
+    model = small_gpt(block_size=block_size)
+    assert model.generate(random_ids(2, 1), 10).shape == (2, 11)
+
+
+def test_stream_yields_what_generate_returns():
+    model, idx = small_gpt(), random_ids(3, 4)
+    seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    whole = model.generate(idx, 60, 0.9, top_k=20, top_p=0.9, generator=seed())
+    pieces = list(model.stream(idx, 60, 0.9, top_k=20, top_p=0.9, generator=seed()))
+    assert [p.shape for p in pieces] == [(3, 1)] * 60
+    assert torch.equal(torch.cat([idx, *pieces], dim=1), whole)
+    assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize('cls', [GPT, Bigram])
+def test_padded_ids_are_never_sampled(cls):
+    model = cls(GPTConfig(**SMALL | dict(vocab_size=128, real_vocab_size=65)))
+    assert model.generate(random_ids(8, 1), 200, temperature=5.0).max() < 65
+    assert GPTConfig(vocab_size=50304).real_vocab_size == 50257
+
+
+def test_sampling_choices():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    count = lambda **kw: torch.bincount(sample_from(logits, **kw).flatten(), minlength=4)  # noqa: E731
+    torch.manual_seed(0)
+    assert torch.allclose(count() / 4000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    assert torch.allclose(count(top_k=2) / 4000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
+    assert count(top_p=0.81).tolist()[3] == 0 and count(top_p=0.81)[2] > 0
+    assert count(top_p=0.5).tolist() == [4000, 0, 0, 0]
+    assert count(top_p=0.01).tolist() == [4000, 0, 0, 0]
+    assert count(temperature=0).tolist() == [4000, 0, 0, 0]
+    assert (count(temperature=0.1)[0] > 3900) and count(temperature=100.0).min() > 800
+    for wrong in [dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)]:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            sample_from(logits, **wrong)
+
+
+@pytest.mark.parametrize('cls', [GPT, Bigram])
+def test_an_untrained_model_knows_nothing(cls):
+    torch.manual_seed(0)
+    _, loss = cls(GPTConfig(**SMALL))(random_ids(16, 32), random_ids(16, 32).flip(1))
+    assert abs(loss.item() - math.log(65)) < 0.05
+
+
+def test_targets_of_minus_one_do_not_count():
+    model, idx = small_gpt(), random_ids(1, 8)
+    targets = idx.clone()
+    targets[:, 4:] = -1
+    assert torch.allclose(model(idx, targets)[1], model(idx[:, :4], idx[:, :4])[1])
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(**SMALL)), random_ids(4, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+def test_init_follows_gpt2():
+    model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=8, n_head=4, n_embd=128))
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            expected = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.1, name
+        else:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith('weight')))), name
+
+
+def test_parameter_counts_by_name():
+    """In millions, as the papers round them."""
+    expected = {
+        'gpt2': 124.4, 'gpt2-medium': 354.8, 'gpt2-large': 774.0, 'gpt2-xl': 1557.6,
+        'gpt3-125m': 125.2, 'gpt3-350m': 355.9, 'gpt3-760m': 760.3, 'gpt3-1.3b': 1315.7,
+        'gpt3-2.7b': 2651.6, 'gpt3-6.7b': 6658.4, 'gpt3-13b': 12853.4, 'gpt3-175b': 174604.3,
+    }
+    assert expected.keys() == MODEL_SIZES.keys()
+    for name, (n_layer, n_head, n_embd) in MODEL_SIZES.items():
+        block_size = 2048 if name.startswith('gpt3') else 1024
+        with torch.device('meta'):
+            model = GPT(GPTConfig(block_size, 50257, n_layer, n_head, n_embd))
+        assert round(model.num_params() / 1e6, 1) == expected[name]
+        nominal = name.removeprefix('gpt3-')
+        if nominal != name:
+            billions = float(nominal[:-1]) * {'m': 1e6, 'b': 1e9}[nominal[-1]]
+            assert abs(model.num_params() / billions - 1) < 0.03
+
+
+def test_flops_per_token_of_gpt2():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(n_embd=33), 'n_embd=32'), (dict(n_layer=0), 'n_layer is 0'), (dict(n_head=-1), 'n_head'),
+    (dict(vocab_size=0), 'vocab_size'), (dict(block_size=0), 'block_size'),
+    (dict(dropout=1.0), 'dropout'), (dict(gelu='relu'), 'relu'), (dict(n_embd=32.0), '32.0'),
+    (dict(real_vocab_size=66), '66'),
+])
+def test_impossible_shapes_are_refused_with_a_sentence(wrong, words):
+    with pytest.raises(ValueError, match=words) as error:
+        GPTConfig(**SMALL | wrong)
+    assert '\n' not in str(error.value)
+
+
+def test_a_context_too_long_is_refused():
+    with pytest.raises(ValueError, match='33 tokens .* block_size=32'):
+        small_gpt()(random_ids(1, 33))
+
+
+def test_cropping_the_context_keeps_the_logits():
+    model, idx = small_gpt(), random_ids(1, 8)
+    before = logits_of(model, idx)
+    model.crop_block_size(8)
+    assert torch.equal(before, logits_of(model, idx))
+    assert model.transformer.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match='block_size=9'):
+        model.crop_block_size(9)

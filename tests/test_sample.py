@@ -1,0 +1,88 @@
+"""sample.py as a user runs it."""
+
+import pytest
+import torch
+from conftest import TINY, script
+
+import sample
+import train
+from tokenizer import GPT2Tokenizer
+
+
+@pytest.fixture
+def trained(tiny):
+    train.train(train.TrainConfig(**TINY | dict(max_iters=20, eval_interval=20)))
+    return tiny
+
+
+def test_the_same_seed_gives_the_same_text(trained, capsys):
+    def text(*more):
+        sample.main(['--out_dir=out', '--start=Oz', '--max_new_tokens=40', '--device=cpu', *more])
+        return capsys.readouterr().out
+
+    assert text() == text() != text('--seed=2')
+    assert text('--temperature=0').split('---------------\n')[0].strip('\n') == (
+        text('--temperature=0', '--num_samples=1').strip('\n'))
+
+
+def test_prompts_from_a_file_and_from_standard_input(trained):
+    (trained / 'p.txt').write_text('“The Lion', encoding='utf-8')
+    few = ['--max_new_tokens=3', '--num_samples=1']
+    from_file = script('sample.py', '--start=FILE:p.txt', *few)
+    assert from_file.stdout.startswith('“The Lion'), from_file.stderr
+    assert script('sample.py', '--start=-', *few, input='“The Lion').stdout == from_file.stdout
+
+
+@pytest.mark.parametrize('env', [{'LANG': 'C', 'LC_ALL': 'C'}, {'PYTHONIOENCODING': 'ascii'}])
+def test_output_is_utf8_everywhere(trained, env):
+    result = script('sample.py', '--start=“', '--max_new_tokens=5', env=env)
+    assert result.returncode == 0 and result.stdout.startswith('“'), result.stderr
+
+
+def test_a_long_prompt_keeps_its_end_and_says_so(trained, capsys):
+    sample.main(['--start=' + 'Dorothy ' * 5 + 'Toto', '--max_new_tokens=5', '--device=cpu'])
+    told = capsys.readouterr()
+    assert '44 tokens' in told.err and 'last 16' in told.err and told.out.startswith('Dorothy D')
+
+
+def test_text_stops_before_the_stop_string():
+    text = sample.Text('>', lambda i: 'abcSTOPdef'[i], 'STOP')
+    shown = ''
+    for i in range(10):
+        text.add(i)
+        shown += text.new()
+        assert 'S' not in shown
+    assert shown == 'abc' and text.text == '>abc' and text.done
+
+
+def test_what_only_looks_like_a_stop_string_is_shown():
+    text = sample.Text('', lambda i: 'abSTabSTO'[i], 'STOP')
+    shown = ''
+    for i in range(9):
+        text.add(i)
+        shown += text.new()
+    assert shown == 'abSTab' and shown + text.new(final=True) == 'abSTabSTO'
+
+
+def test_stop_in_a_real_run(trained, capsys):
+    sample.main(['--start=T', '--max_new_tokens=200', '--num_samples=2', '--stop= ', '--device=cpu'])
+    for text in capsys.readouterr().out.split('---------------\n'):
+        assert ' ' not in text.strip('\n') and len(text) < 200
+
+
+def test_samples_side_by_side_equal_samples_alone(trained):
+    model, tokenizer = sample.load(sample.SampleConfig(device='cpu'))
+    prompt = torch.tensor([tokenizer.encode('The ').tolist(), tokenizer.encode('Toto').tolist()])
+    together = model.generate(prompt, 40, temperature=0)
+    for row in (0, 1):
+        assert torch.equal(model.generate(prompt[[row]], 40, temperature=0), together[[row]])
+
+
+def test_a_prompt_that_is_no_utf8(trained):
+    (trained / 'p.txt').write_bytes(b'abc\xff')
+    result = script('sample.py', '--start=FILE:p.txt')
+    assert result.returncode == 1 and 'byte 3' in result.stderr and result.stderr.count('\n') == 1
+
+
+def test_gpt2_state_needs_no_download():
+    assert GPT2Tokenizer().state() == {'type': 'gpt2', 'vocab_size': 50257}

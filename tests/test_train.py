@@ -1,0 +1,235 @@
+"""The training loop and its parts."""
+
+import csv
+import math
+import os
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import STORY, TINY, flags, script, steps
+
+import prepare_text
+import runtime
+import train
+from model import GPT, GPTConfig, build_model, load_checkpoint
+from train import TrainConfig
+
+
+def rows(path='out/log.csv'):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_can_be_imported_and_run(tiny, capsys):
+    best = train.train(TrainConfig(**TINY | dict(max_iters=3)))
+    out = capsys.readouterr().out
+    assert [it for it, _, _ in steps(out)] == [0, 3]
+    assert min(val for _, _, val in steps(out)) == round(best, 4) < 4.2
+    assert re.search(r'^iter 1: loss [\d.]+, time [\d.]+ms', out, re.M)
+    assert '  | ' in out and 'python sample.py --out_dir=out' in out and 'out/best.pt' in out
+    assert '\r' not in out and '\x1b' not in out
+
+
+def test_a_run_from_the_shell_and_a_sample_of_it(tiny):
+    """End to end: a model that learns, its checkpoints, its log, and texts by it."""
+    result = script('train.py', *flags(**TINY | dict(max_iters=60, eval_interval=20)))
+    assert result.returncode == 0, result.stderr
+    seen = steps(result.stdout)
+    assert [it for it, _, _ in seen] == [0, 20, 40, 60]
+    assert seen[-1][2] < seen[0][2] - 1
+    ckpt, best = load_checkpoint('out/ckpt.pt'), load_checkpoint('out/best.pt')
+    keys = 'model optimizer model_args iter_num best_val_loss config tokenizer format'
+    assert set(ckpt) == set(keys.split()) and set(best) == set(ckpt) - {'optimizer'}
+    assert ckpt['iter_num'] == 60 and ckpt['model_args'].keys() == {
+        'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    log = rows()
+    assert [int(row['iteration']) for row in log] == list(range(61))
+    assert log[20]['val_loss'] and log[20]['train_loss'] and not log[21]['val_loss']
+    assert int(log[60]['tokens']) == 60 * 2 * 4 * 16
+    assert os.listdir('out').count('ckpt.pt.tmp') == 0
+
+    sample = script('sample.py', '--out_dir=out', '--start=Dorothy', '--max_new_tokens=30',
+                    '--num_samples=2', '--device=cpu')
+    assert sample.returncode == 0, sample.stderr
+    first, second = sample.stdout.split('---------------\n')
+    assert first.startswith('Dorothy') and second.startswith('Dorothy') and first != second
+    assert len(first.strip('\n')) >= 30
+
+
+def test_best_is_really_the_best(tiny, capsys):
+    """A learning rate that first helps and then ruins: best.pt is not the last."""
+    cfg = TrainConfig(**TINY | dict(max_iters=40, eval_interval=5, learning_rate=0.5, eval_iters=4,
+                                    warmup_iters=35, decay_lr=False))
+    train.train(cfg)
+    seen = steps(capsys.readouterr().out)
+    best_at, _, best_loss = min(seen, key=lambda step: step[2])
+    assert 0 < best_at < 40
+    best = load_checkpoint('out/best.pt')
+    assert best['iter_num'] == best_at and round(best['best_val_loss'], 4) == best_loss
+    data = train.Dataset(cfg, train.Ranks())
+    loss = train.evaluate(build_model(best), data.splits['val'], cfg, train.Ranks(),
+                          torch.device('cpu'), runtime.autocast(torch.device('cpu'), torch.float32))
+    assert loss == best['best_val_loss']
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] == 40
+
+
+def test_ckpt_follows_the_best_if_asked(tiny, monkeypatch):
+    saved = []
+    monkeypatch.setattr(runtime, 'save', lambda path, c: saved.append((path, c['iter_num'])))
+    losses = iter([3, 3, 3, 2, 3, 9, 3, 8, 3, 7])
+    monkeypatch.setattr(train, 'evaluate', lambda *_: next(losses))
+    train.train(TrainConfig(**TINY | dict(max_iters=8, eval_interval=2),
+                            always_save_checkpoint=False))
+    assert saved == [('out/best.pt', 0), ('out/ckpt.pt', 0), ('out/best.pt', 2), ('out/ckpt.pt', 2),
+                     ('out/ckpt.pt', 8)]
+
+
+def test_learning_rate_rises_and_falls():
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
+    rate = [train.learning_rate(cfg, it) for it in range(200)]
+    assert rate[0] == 0.1 and rate[8] == 0.9 and rate[9] == 1.0
+    assert rate[59] == pytest.approx(0.55) and rate[109] == rate[199] == 0.1
+    assert all(a < b for a, b in zip(rate[:9], rate[1:10]))
+    assert all(a > b for a, b in zip(rate[9:109], rate[10:110]))
+    steady = TrainConfig(learning_rate=1.0, decay_lr=False, warmup_iters=0)
+    assert train.learning_rate(steady, 500_000) == 1.0
+
+
+def test_weight_decay_is_for_matrices_only():
+    model = GPT(GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16))
+    optimizer = train.make_optimizer(model, TrainConfig(weight_decay=0.3, beta2=0.9))
+    matrices, vectors = optimizer.param_groups
+    assert matrices['weight_decay'] == 0.3 and vectors['weight_decay'] == 0
+    assert all(p.dim() == 2 for p in matrices['params'])
+    assert all(p.dim() == 1 for p in vectors['params'])
+    count = sum(p.numel() for group in optimizer.param_groups for p in group['params'])
+    assert count == model.num_params() and optimizer.defaults['betas'] == (0.9, 0.9)
+
+
+def test_accumulation_equals_one_large_batch(tiny):
+    """Two micro-batches of 4 are one batch of 8, up to rounding."""
+    base = TINY | dict(max_iters=10, eval_interval=5)
+    a = train.train(TrainConfig(**base | dict(out_dir='a')))
+    b = train.train(TrainConfig(**base | dict(
+        out_dir='b', gradient_accumulation_steps=1, batch_size=8, eval_iters=1)))
+    assert [float(r['train_loss']) for r in rows('a/log.csv')[:10]] == pytest.approx(
+        [float(r['train_loss']) for r in rows('b/log.csv')[:10]], rel=1e-5)
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_evaluations_and_samples_do_not_change_the_training(tiny):
+    base = TINY | dict(max_iters=10, dropout=0.2)
+    train.train(TrainConfig(**base | dict(out_dir='a', eval_interval=1)))
+    train.train(TrainConfig(**base | dict(out_dir='b', eval_interval=7, sample_tokens=0)))
+    losses = [[row['train_loss'] for row in rows(f'{name}/log.csv')[:10]] for name in 'ab']
+    assert losses[0] == losses[1]
+    weights = [load_checkpoint(f'{name}/ckpt.pt')['model'] for name in 'ab']
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_bigram_comes_near_the_counts(folder):
+    """The trained table against the counted one, on the same validation text."""
+    with open(STORY, encoding='utf-8') as file:
+        text = file.read(100_000)
+    prepare_text.prepare(text, 'story')
+    ids = np.fromfile('data/story/train.bin', '<u2').astype(int)
+    val = np.fromfile('data/story/val.bin', '<u2').astype(int)
+    V = len(set(text))
+    counts = np.full((V, V), 0.5)  # half a count for what was never seen
+    for pair, count in Counter(zip(ids, ids[1:])).items():
+        counts[pair] += count
+    log_probs = np.log(counts / counts.sum(1, keepdims=True))
+    counted = -log_probs[val[:-1], val[1:]].mean()
+    trained = train.train(TrainConfig(
+        dataset='story', out_dir='out', model='bigram', gradient_accumulation_steps=1,
+        batch_size=256, block_size=64, learning_rate=0.1, min_lr=1e-3, warmup_iters=0, beta2=0.99,
+        weight_decay=0.0, max_iters=300, eval_interval=50, eval_iters=0, log_interval=100,
+        device='cpu', dtype='float32', sample_tokens=20,
+    ))
+    assert 2 < counted < 3 and abs(trained - counted) < 0.02
+    assert script('sample.py', '--out_dir=out', '--max_new_tokens=20').returncode == 0
+
+
+def test_eval_only_reports_every_split_whole(tiny, capsys):
+    train.train(TrainConfig(**TINY))
+    capsys.readouterr()
+    train.train(TrainConfig(**TINY | dict(init_from='out', eval_only=True, eval_iters=0)))
+    out = capsys.readouterr().out
+    found = re.findall(r'^(\w+): loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per character',
+                       out, re.M)
+    assert [name for name, *_ in found] == ['train', 'val', 'test']
+    model = build_model(load_checkpoint('out')).eval()
+    for name, *figures in found:
+        ids = torch.from_numpy(np.fromfile(f'data/tiny/{name}.bin', '<u2').astype(np.int64))
+        total = 0.0  # one window after another, the short last one as well
+        for start in range(0, len(ids) - 1, 16):
+            chunk = ids[start : start + 17][None]
+            with torch.no_grad():
+                total += model(chunk[:, :-1], chunk[:, 1:])[1].item() * (chunk.size(1) - 1)
+        loss = total / (len(ids) - 1)
+        assert [float(f) for f in figures] == pytest.approx(
+            [loss, math.exp(loss), loss / math.log(2)], rel=1e-4)
+
+
+def test_finetuning_from_a_checkpoint(tiny, capsys):
+    train.train(TrainConfig(**TINY | dict(max_iters=60)))
+    before = steps(capsys.readouterr().out)[-1][2]
+    train.train(TrainConfig(**TINY | dict(
+        init_from='out', out_dir='tuned', n_layer=7, block_size=8, dropout=0.1, max_iters=5)))
+    seen = steps(capsys.readouterr().out)
+    assert seen[0][2] < before + 0.3
+    tuned = load_checkpoint('tuned')
+    assert tuned['model_args']['n_layer'] == 2 and tuned['model_args']['block_size'] == 8
+    assert tuned['model_args']['dropout'] == 0.1 and tuned['iter_num'] <= 5
+
+
+def test_finetuning_on_another_alphabet_keeps_what_it_knows(tiny, capsys):
+    train.train(TrainConfig(**TINY | dict(max_iters=100, eval_interval=50)))
+    text = open(STORY, encoding='utf-8').read(40_000)[20_000:]
+    prepare_text.prepare(text.replace('z', 'ã').replace('k', '#'), 'other')
+    capsys.readouterr()
+    settings = TINY | dict(dataset='other', out_dir='other', max_iters=0)
+    afresh = train.train(TrainConfig(**settings))
+    kept = train.train(TrainConfig(**settings | dict(init_from='out')))
+    assert kept < afresh - 1
+    assert '#' in load_checkpoint('other')['tokenizer']['chars']
+
+
+def test_compile_that_fails_is_told_in_one_line(tiny, monkeypatch, capsys):
+    def broken(model):
+        raise RuntimeError('no compiler here\nwith a long story')
+
+    monkeypatch.setattr(torch, 'compile', broken)
+    train.train(TrainConfig(**TINY | dict(compile=True)))
+    line = next(x for x in capsys.readouterr().out.split('\n') if 'no compiler here' in x)
+    assert '--compile=false' in line and 'long story' not in line
+
+
+def test_raw_gpt2_ids_without_meta_are_taken(folder, capsys):
+    """nanoGPT leaves its BPE datasets as two .bin files."""
+    os.makedirs('data/theirs')
+    for name in ('train', 'val'):
+        np.random.default_rng(0).integers(50257, size=500).astype('<u2').tofile(
+            f'data/theirs/{name}.bin')
+    train.train(TrainConfig(**TINY | dict(dataset='theirs', max_iters=1, sample_tokens=0)))
+    assert load_checkpoint('out')['model_args']['vocab_size'] == 50304
+    assert 9 < steps(capsys.readouterr().out)[0][2] < 12
+
+
+def test_a_nanogpt_checkpoint_is_resumed_and_sampled(tiny, capsys):
+    """Their keys alone, an _orig_mod. prefix, a tensor for the loss, no tokenizer."""
+    train.train(TrainConfig(**TINY))
+    ours = torch.load('out/ckpt.pt', weights_only=True)
+    theirs = {key: ours[key] for key in ('optimizer', 'model_args', 'iter_num')}
+    theirs['model'] = {f'_orig_mod.{key}': value for key, value in ours['model'].items()}
+    theirs['best_val_loss'] = torch.tensor(ours['best_val_loss'])
+    theirs['config'] = {'dataset': 'tiny', 'batch_size': 4}
+    os.remove('out/best.pt')
+    torch.save(theirs, 'out/ckpt.pt')
+    assert script('sample.py', '--max_new_tokens=5', '--start=T').returncode == 0
+    capsys.readouterr()
+    train.train(TrainConfig(**TINY | dict(max_iters=8, init_from='resume')))
+    assert [it for it, *_ in steps(capsys.readouterr().out)] == [6, 8]

@@ -1,0 +1,138 @@
+"""Text to ids and back: single characters, or GPT-2's byte pairs.
+
+    tokenizer = CharTokenizer.of('hello')    # e h l o are 0 1 2 3
+    tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
+    tokenizer.decode([1, 3, 2, 0])           # 'hole'
+
+Both kinds have `encode`, `decode`, `vocab_size` and `state`; `tokenizer_from(state)` brings one back
+from the plain dict that datasets (meta.json) and checkpoints carry.
+"""
+
+import codecs
+from functools import cached_property
+
+import numpy as np
+
+from runtime import UserError
+
+MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
+CHUNK = 1 << 22  # characters that are worked on at once: some tens of megabytes
+
+
+def code_points(text):
+    """str to its Unicode code points, (len(text),) uint32."""
+    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+
+
+class CharTokenizer:
+    """One id for each character: its position in the sorted set of characters."""
+
+    def __init__(self, chars):
+        if len(chars) > MAX_VOCAB_SIZE:
+            raise UserError(
+                f'the text has {len(chars):,} different characters, more than the '
+                f'{MAX_VOCAB_SIZE:,} that 16-bit ids can tell apart: use --tokenizer=gpt2'
+            )
+        self.chars = chars
+        self.vocab_size = len(chars)
+        codes = code_points(chars)
+        self.table = np.full(codes.max(initial=0) + 2, -1, np.int32)  # code point to id, -1 if none
+        self.table[codes] = np.arange(len(codes))
+
+    @classmethod
+    def of(cls, text):
+        """The tokenizer for all characters of `text`."""
+        seen = np.zeros(0x110000, bool)  # every code point there is
+        for start in range(0, len(text), CHUNK):
+            seen[code_points(text[start : start + CHUNK])] = True
+        return cls(''.join(map(chr, np.flatnonzero(seen))))
+
+    def encode(self, text):
+        """str to a (len(text),) uint16 array. Raises UserError for a character it doesn't know."""
+        ids = np.empty(len(text), np.uint16)
+        for start in range(0, len(text), CHUNK):
+            codes = code_points(text[start : start + CHUNK])
+            places = self.table[codes.clip(max=len(self.table) - 1)]
+            if places.min() < 0:
+                position = start + int(places.argmin())
+                raise UserError(
+                    f'the character {text[position]!r} at position {position} is not among the '
+                    f'{self.vocab_size} that this model knows: {self.chars!r}'
+                )
+            ids[start : start + CHUNK] = places
+        return ids
+
+    def decode(self, ids):
+        """Ids to str."""
+        return ''.join(self.chars[i] for i in ids)
+
+    def decoder(self):
+        """A function for one text: give it each id as it comes, get the text to print."""
+        return lambda i: self.chars[i]
+
+    def state(self):
+        """What `tokenizer_from` needs, as plain types."""
+        return {'type': 'char', 'vocab_size': self.vocab_size, 'chars': self.chars}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE, by tiktoken: 50,256 merges and the end-of-text token.
+
+    Raises UserError if tiktoken can't get its files: it downloads them once, or finds them in the
+    folder that the environment variable TIKTOKEN_CACHE_DIR names.
+    """
+
+    vocab_size = 50257
+    eot = 50256  # <|endoftext|>
+
+    @cached_property
+    def bpe(self):
+        """tiktoken's encoding, loaded when it is first needed: to train takes ids alone."""
+        import tiktoken
+
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except Exception as error:
+            raise UserError(
+                f'tiktoken cannot get the GPT-2 vocabulary ({type(error).__name__}): connect once, '
+                'or set TIKTOKEN_CACHE_DIR to a folder that has it'
+            ) from None
+
+    def encode(self, text):
+        """str to a uint16 array, exactly tiktoken's ids; <|endoftext|> in it is plain text."""
+        # A cut before the white space that ends a word never splits a token, and keeps memory low.
+        pieces, start = [], 0
+        while start < len(text):
+            end = min(start + CHUNK, len(text))
+            while end < len(text) and not (text[end].isspace() and not text[end - 1].isspace()):
+                end += 1
+            pieces.append(np.array(self.bpe.encode_ordinary(text[start:end]), np.uint16))
+            start = end
+        return np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
+
+    def decode(self, ids):
+        """Ids to str; bytes that are no whole character become U+FFFD."""
+        return self.bpe.decode([int(i) for i in ids])
+
+    def decoder(self):
+        """A function for one text: give it each id as it comes, get the text to print.
+
+        A character may be spread over tokens; its text comes with the last of them.
+        """
+        utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+        return lambda i: utf8.decode(self.bpe.decode_single_token_bytes(int(i)))
+
+    def state(self):
+        """What `tokenizer_from` needs, as plain types."""
+        return {'type': 'gpt2', 'vocab_size': self.vocab_size}
+
+
+def tokenizer_from(state):
+    """The tokenizer that `state()` described. Raises UserError for a state of another kind."""
+    kind = state.get('type') if isinstance(state, dict) else None
+    if kind == 'char' and isinstance(state.get('chars'), str) and state['chars']:
+        if list(state['chars']) == sorted(set(state['chars'])):
+            return CharTokenizer(state['chars'])
+    if kind == 'gpt2':
+        return GPT2Tokenizer()
+    raise UserError(f'no tokenizer of type {kind!r}: only whole char and gpt2 ones are known')
