@@ -105,8 +105,6 @@ class TrainConfig:
         for name in ('beta1', 'beta2', 'dropout'):
             if getattr(self, name) >= 1:
                 raise UsageError(f'{name} is {getattr(self, name)}: it must be below 1')
-        if self.lr_decay_iters is None:
-            self.lr_decay_iters = self.max_iters
 
 
 class Split:
@@ -224,9 +222,10 @@ def learning_rate(cfg, it):
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
     if not cfg.decay_lr:
         return cfg.learning_rate
-    if it >= cfg.lr_decay_iters:
+    decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    if it >= decay_iters:
         return cfg.min_lr
-    progress = (it - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    progress = (it - cfg.warmup_iters) / (decay_iters - cfg.warmup_iters)
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -14,6 +14,7 @@ from conftest import STORY, TINY, flags, script, steps
 import prepare_text
 import runtime
 import train
+from configurator import override
 from model import GPT, GPTConfig, build_model, load_checkpoint
 from train import TrainConfig
 
@@ -94,6 +95,8 @@ def test_learning_rate_rises_and_falls():
     assert rate[59] == pytest.approx(0.55) and rate[109] == rate[199] == 0.1
     assert all(a < b for a, b in zip(rate[:9], rate[1:10]))
     assert all(a > b for a, b in zip(rate[9:109], rate[10:110]))
+    cfg = override(TrainConfig(), ['--max_iters=20', '--warmup_iters=0', '--min_lr=0'])
+    assert train.learning_rate(cfg, 10) == pytest.approx(cfg.learning_rate / 2)  # none: max_iters
     steady = TrainConfig(learning_rate=1.0, decay_lr=False, warmup_iters=0)
     assert train.learning_rate(steady, 500_000) == 1.0
 
