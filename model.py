@@ -14,6 +14,7 @@ Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:17
 import math
 import os
 import pickle
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -429,22 +430,24 @@ def load_checkpoint(path, device='cpu'):
     if os.path.getsize(path) == 0:
         raise ValueError(f'{path} is empty: the copy failed, or something else made it')
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():  # about pickles that it will refuse anyway
+            warnings.simplefilter('ignore')
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        if 'Unsupported' in str(error) or 'unsupported' in str(error):
+        if 'Unsupported global' in str(error) or 'Unsupported class' in str(error):
             raise ValueError(
                 f'{path} holds more than tensors and plain values and might run code, so it was '
                 'not loaded: get the file from whom you trust, saved with plain types'
             ) from None
-        raise ValueError(f'{path} is not a checkpoint: give the .pt file that train.py wrote') from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, TypeError) as error:
-        first_line = str(error).split('\n')[0][:100]
-        raise ValueError(f'{path} is damaged or cut off ({first_line}): take an older copy') from None
-    missing = {'model', 'model_args'} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
         raise ValueError(
-            f'{path} is no GPT checkpoint: it has no {" and no ".join(sorted(missing))}'
-        )
+            f'{path} is not a checkpoint: give the .pt file that train.py wrote') from None
+    except (RuntimeError, OSError, EOFError, LookupError, AttributeError, TypeError) as error:
+        reason = str(error).split('\n')[0][:100]
+        raise ValueError(f'{path} is damaged or cut off ({reason}): take an older copy') from None
+    for key in ('model', 'model_args'):
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
+            raise ValueError(f'{path} is no checkpoint of a GPT: it has no {key!r}; give the .pt file '
+                             'that train.py wrote')
     # Compiled models used to be saved under their wrapper's name.
     weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     # Attention masks were once saved as well: (1, 1, T, T) tensors.
@@ -458,10 +461,10 @@ def build_model(checkpoint, **changes):
     tokenizer = checkpoint.get('tokenizer') or {}
     extra = {'gelu': config.get('gelu', 'erf'), 'real_vocab_size': tokenizer.get('vocab_size')}
     cls = Bigram if config.get('model') == 'bigram' else GPT
-    model = cls(GPTConfig(**{**checkpoint['model_args'], **extra, **changes}))
     try:
+        model = cls(GPTConfig(**{**checkpoint['model_args'], **extra, **changes}))
         model.load_state_dict(checkpoint['model'])
-    except RuntimeError as error:
-        lines = str(error).split('\n')
-        raise ValueError(f'the weights do not fit the model: {lines[min(1, len(lines) - 1)].strip()}') from None
+    except (RuntimeError, TypeError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'the weights do not fit the model that comes with them: {reason}') from None
     return model

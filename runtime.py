@@ -42,7 +42,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute(sys.stdout)
         sys.exit(0)
 
 
@@ -318,30 +318,35 @@ class Progress:
     def say(self, text=''):
         """Print lines that stay."""
         if self.enabled:
-            self.clear()
-            print(text, file=self.stream, flush=True)
+            self.write(('\r\x1b[K' if self.shown else '') + text + '\n')
+            self.shown = False
 
     def update(self, done, text, log):
         """Show how far we are: on a terminal always, elsewhere when this is a line to `log`."""
-        if not self.enabled:
-            return
-        if not self.live:
-            if log:
-                print(text, file=self.stream, flush=True)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        cells = min(20, width - len(text) - 1)
-        if cells >= 5:
-            full = round(cells * done / max(1, self.total))
-            text = '━' * full + '╌' * (cells - full) + ' ' + text
-        self.stream.write('\r' + text[:width] + '\x1b[K')
-        self.stream.flush()
-        self.shown = True
+        if self.enabled and not self.live and log:
+            self.write(text + '\n')
+        if self.enabled and self.live:
+            width = shutil.get_terminal_size().columns - 1
+            cells = min(20, width - len(text) - 1)
+            if cells >= 5:
+                full = round(cells * done / max(1, self.total))
+                text = '━' * full + '╌' * (cells - full) + ' ' + text
+            self.write('\r' + text[:width] + '\x1b[K')
+            self.shown = True
 
-    def clear(self):
-        if self.shown:
-            self.stream.write('\r\x1b[K')
-            self.shown = False
+    def write(self, text):
+        """A terminal that went away, or a pipe that was closed, is no reason to stop training."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.enabled = False
+            mute(self.stream)
+
+
+def mute(stream):
+    """Let whatever is still written to `stream` go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def clock(seconds):
@@ -367,7 +372,7 @@ class CsvLog:
     def __init__(self, path, columns, start):
         rows = []
         if start > 0 and os.path.exists(path):
-            with open(path, newline='', encoding='utf-8') as file:
+            with open(path, newline='', encoding='utf-8', errors='replace') as file:
                 rows = [row for row in csv.DictReader(file) if self.counts(row, columns, start)]
         with atomic_file(path, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, columns, extrasaction='ignore')
@@ -384,8 +389,12 @@ class CsvLog:
         return whole and row['iteration'].isdigit() and int(row['iteration']) < start
 
     def write(self, **row):
-        self.writer.writerow(row)
-        self.file.flush()
+        try:
+            self.writer.writerow(row)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f'cannot write {self.file.name} ({error.strerror}): free some space, '
+                            'then go on with --init_from=resume') from None
 
     def close(self):
         self.file.close()
@@ -402,14 +411,14 @@ class Monitor:
         self.progress = Progress(cfg.max_iters, enabled=ranks.is_main)
         self.enabled = ranks.is_main
         self.log = self.wandb = None
+        if self.enabled and cfg.wandb_log:
+            with blame_user():
+                import wandb
+            self.wandb = wandb.init(
+                project=cfg.wandb_project, name=cfg.wandb_run_name, config=vars(cfg)
+            )
         if self.enabled:
             self.log = CsvLog(os.path.join(cfg.out_dir, 'log.csv'), LOG_COLUMNS, start)
-            if cfg.wandb_log:
-                with blame_user():
-                    import wandb
-                self.wandb = wandb.init(
-                    project=cfg.wandb_project, name=cfg.wandb_run_name, config=vars(cfg)
-                )
         self.losses = {}  # of the evaluation at this iteration, if there was one
         self.start = start
         self.began = self.since = self.drawn = time.perf_counter()

@@ -352,7 +352,7 @@ def starting_point(cfg, data):
         path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else checkpoint_file(cfg.init_from)
         checkpoint = load_checkpoint(path)
         if resume:
-            refuse_another_shape(cfg, checkpoint, path)
+            refuse_to_resume(cfg, checkpoint, path)
         adopt_tokenizer(checkpoint, data.tokenizer.state(), path)
         model = build_model(checkpoint, dropout=cfg.dropout)
         if resume:
@@ -367,8 +367,15 @@ def starting_point(cfg, data):
     return model, None
 
 
-def refuse_another_shape(cfg, checkpoint, path):
-    """A run is resumed with the architecture that it has."""
+def refuse_to_resume(cfg, checkpoint, path):
+    """Raise ValueError unless `checkpoint` is a state of the run that `cfg` describes."""
+    for key in ('optimizer', 'iter_num', 'best_val_loss', 'config'):
+        if key not in checkpoint:
+            raise ValueError(f'{path} has weights but no {key!r}, so no run can go on from it: begin '
+                             f'a new one from the weights with --init_from={path}')
+    if checkpoint['iter_num'] > cfg.max_iters:
+        raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
+                         f'max_iters={cfg.max_iters}: give a larger --max_iters')
     was = checkpoint['model_args'] | {'model': checkpoint['config'].get('model', 'gpt')}
     for name in ('model', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
         if was.get(name) != getattr(cfg, name):
@@ -376,6 +383,26 @@ def refuse_another_shape(cfg, checkpoint, path):
                 f'{name} is {getattr(cfg, name)} here but {was.get(name)} in {path}: give the '
                 'settings that the run began with, or start afresh in another out_dir'
             )
+
+
+def schedule_note(cfg, was, it):
+    """What becomes of the learning rate, if a run goes on with another schedule than it began with."""
+    before = replace(cfg, **{name: was.get(name, getattr(cfg, name)) for name in
+                             ('learning_rate', 'min_lr', 'max_iters', 'warmup_iters',
+                              'lr_decay_iters', 'decay_lr')})
+    old, new = learning_rate(before, it), learning_rate(cfg, it)
+    note = f'resumed at iteration {it} of {cfg.max_iters}'
+    if before.max_iters != cfg.max_iters or old != new:
+        end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+        note += f', which were to be {before.max_iters}: the learning rate goes on from {new:.3g} '
+        note += f'(it would have been {old:.3g})'
+        if not cfg.decay_lr:
+            note += ' and stays'
+        elif it < end:
+            note += f' and falls to min_lr={cfg.min_lr:.3g} at iteration {end}'
+        else:
+            note += f' and stays, since lr_decay_iters={end} has passed'
+    return note
 
 
 def adopt_tokenizer(checkpoint, state, path):
@@ -427,12 +454,13 @@ def train(cfg):
         cfg = replace(cfg, gelu=raw.config.gelu)
         optimizer = make_optimizer(raw, cfg)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        start, best_val_loss = 0, math.inf
+        start, best_val_loss, note = 0, math.inf, ''
         if checkpoint:
             start, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
             optimizer.load_state_dict(checkpoint['optimizer'])
             if 'scaler' in checkpoint:
                 scaler.load_state_dict(checkpoint['scaler'])
+            note = schedule_note(cfg, checkpoint['config'], start)
             del checkpoint  # a second copy of everything
 
         batches = micro_batches(data.splits['train'], cfg, ranks, device, start)
@@ -446,6 +474,8 @@ def train(cfg):
         if ranks.world_size > 1:
             model = DistributedDataParallel(net, gradient_as_bucket_view=True)
         monitor = Monitor(cfg, ranks, device, dtype, raw, data.splits['train'].tokens, start)
+        if note:
+            monitor.progress.say(note)
 
         def save(name):
             """The state before update `it`: the weights in best.pt, all of it in ckpt.pt."""
@@ -521,8 +551,8 @@ def train(cfg):
 
             if monitor.trained(it, mean_loss, norm, rate, optimizer) and bad_in_a_row >= 10:
                 raise UserError(
-                    f'loss or gradient were not finite ten times in a row, up to iteration {it} '
-                    f'(loss {mean_loss.item()}): no weights were harmed. {REMEDIES}'
+                    f'loss or gradient were not finite ten times in a row, up to iteration {it} (loss '
+                    f'{mean_loss.item()}): {cfg.out_dir}/ckpt.pt is still good. {REMEDIES}'
                 )
 
 

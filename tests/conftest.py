@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import prepare_text
+
+torch.set_num_threads(1)  # the models here are too small to share
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STORY = os.path.join(ROOT, 'data', 'oz_retold.txt')

@@ -4,6 +4,8 @@ import csv
 import math
 import os
 import re
+import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -236,3 +238,18 @@ def test_a_nanogpt_checkpoint_is_resumed_and_sampled(tiny, capsys):
     capsys.readouterr()
     train.train(TrainConfig(**TINY | dict(max_iters=8, init_from='resume')))
     assert [it for it, *_ in steps(capsys.readouterr().out)] == [6, 8]
+
+
+def test_wandb_gets_the_same_figures(tiny, monkeypatch):
+    logged = []
+
+    class Run:
+        def log(self, row, step):
+            logged.append((step, row))
+
+    wandb = types.ModuleType('wandb')
+    wandb.init = lambda project, name, config: Run() if config['n_layer'] == 2 else None
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    train.train(TrainConfig(**TINY, wandb_log=True))
+    assert [step for step, _ in logged] == list(range(7))
+    assert logged[3][1]['val_loss'] == float(rows()[3]['val_loss'])

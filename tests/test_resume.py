@@ -1,0 +1,284 @@
+"""A run that stopped goes on as if it never had, to the last bit."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, script, steps
+
+import train
+from model import load_checkpoint
+from train import TrainConfig
+
+RUN = TINY | dict(max_iters=12, eval_interval=4, dropout=0.2, sample_tokens=0)
+
+
+def log_of(folder):
+    """log.csv less what the clock says."""
+    with open(f'{folder}/log.csv', newline='') as file:
+        return [
+            {k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_s', 'mfu')}
+            for row in csv.DictReader(file)
+        ]
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer state, best loss and log of two folders, compared bit by bit."""
+    ours, theirs = (load_checkpoint(f'{folder}/ckpt.pt') for folder in (a, b))
+    assert ours['iter_num'] == theirs['iter_num']
+    assert ours['best_val_loss'] == theirs['best_val_loss']
+    assert ours['model'].keys() == theirs['model'].keys()
+    for key, weight in ours['model'].items():
+        assert torch.equal(weight, theirs['model'][key]), key
+    states = ours['optimizer']['state'], theirs['optimizer']['state']
+    assert states[0].keys() == states[1].keys()
+    for key in states[0]:
+        for name, value in states[0][key].items():
+            assert torch.equal(value, states[1][key][name]), (key, name)
+    best = [load_checkpoint(f'{folder}/best.pt') for folder in (a, b)]
+    assert best[0]['iter_num'] == best[1]['iter_num']
+    assert log_of(a) == log_of(b)
+
+
+class StopAt(train.StopSignal):
+    """As if Ctrl-C came during iteration `at`."""
+
+    at = None
+
+    @property
+    def received(self):
+        StopAt.asked += 1
+        return signal.SIGINT * (StopAt.asked > StopAt.at)
+
+    @received.setter
+    def received(self, value):
+        StopAt.asked = 0
+
+
+def stop_at(monkeypatch, iterations, cfg):
+    """Train `cfg`, but stop after so many iterations."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'StopSignal', StopAt)
+        StopAt.at = iterations
+        with pytest.raises(SystemExit) as stopped:
+            train.train(cfg)
+    assert stopped.value.code == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('stop', [1, 4, 7])
+def test_resumed_equals_uninterrupted(tiny, monkeypatch, capsys, dtype, stop):
+    run = RUN | dict(dtype=dtype)
+    train.train(TrainConfig(**run | dict(out_dir='whole')))
+    stop_at(monkeypatch, stop, TrainConfig(**run))
+    assert f'stopped at iteration {stop}' in capsys.readouterr().out
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] == stop
+    train.train(TrainConfig(**run | dict(init_from='resume')))
+    assert_same_run('out', 'whole')
+
+
+def test_evaluations_at_other_intervals_change_nothing(tiny, monkeypatch):
+    train.train(TrainConfig(**RUN | dict(out_dir='whole', eval_interval=12)))
+    stop_at(monkeypatch, 5, TrainConfig(**RUN | dict(eval_interval=2)))
+    train.train(TrainConfig(**RUN | dict(init_from='resume', eval_interval=3)))
+    ours, theirs = (load_checkpoint(f'{x}/ckpt.pt')['model'] for x in ('out', 'whole'))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    a, b = (
+        [(row['iteration'], row['train_loss'], row['grad_norm']) for row in log_of(x)]
+        for x in ('out', 'whole')
+    )
+    assert a == b
+
+
+def test_rows_after_the_checkpoint_are_written_once(tiny, monkeypatch):
+    """The run got further than its last save: those rows are dropped and come again."""
+    train.train(TrainConfig(**RUN | dict(out_dir='whole')))
+    stop_at(monkeypatch, 6, TrainConfig(**RUN))
+    with open('out/log.csv', 'a') as file:
+        file.write('6,768,1,9.9,,,1,1,0,1,,1\n7,896,1,9.9,,,1,1,0,1,,1\n8,10')
+    train.train(TrainConfig(**RUN | dict(init_from='resume')))
+    assert [int(row['iteration']) for row in log_of('out')] == list(range(13))
+    assert_same_run('out', 'whole')
+
+
+def test_two_processes_resume_exactly(tiny):
+    run = RUN | dict(max_iters=8)
+    for settings in (dict(out_dir='whole'), dict(max_iters=5, lr_decay_iters=8),
+                     dict(init_from='resume', lr_decay_iters=8)):
+        result = script('train.py', *flags(**run | settings), processes=2)
+        assert result.returncode == 0, result.stderr
+    log = log_of('out')
+    assert [row['train_loss'] for row in log] == [row['train_loss'] for row in log_of('whole')]
+    ours, theirs = (load_checkpoint(f'{x}/ckpt.pt')['model'] for x in ('out', 'whole'))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_one_process_goes_on_as_two(tiny):
+    run = RUN | dict(dropout=0.0, max_iters=10)
+    assert script('train.py', *flags(**run | dict(out_dir='whole'))).returncode == 0
+    assert script('train.py', *flags(**run | dict(max_iters=5, lr_decay_iters=10))).returncode == 0
+    result = script('train.py', *flags(**run | dict(init_from='resume')), processes=2)
+    assert result.returncode == 0, result.stderr
+    pairs = zip(log_of('out')[:10], log_of('whole')[:10], strict=True)
+    for ours, theirs in pairs:
+        assert float(ours['train_loss']) == pytest.approx(float(theirs['train_loss']), rel=1e-5)
+
+
+def test_a_finished_run_can_be_extended(tiny, capsys):
+    train.train(TrainConfig(**RUN))
+    capsys.readouterr()
+    train.train(TrainConfig(**RUN | dict(init_from='resume', max_iters=16)))
+    out = capsys.readouterr().out
+    assert 'resumed at iteration 12 of 16, which were to be 12' in out
+    assert 'falls to min_lr=6e-05 at iteration 16' in out and [s[0] for s in steps(out)] == [12, 16]
+    assert [int(row['iteration']) for row in log_of('out')] == list(range(17))
+    train.train(TrainConfig(**RUN | dict(init_from='resume', max_iters=20, lr_decay_iters=16)))
+    assert 'stays, since lr_decay_iters=16 has passed' in capsys.readouterr().out
+    with pytest.raises(train.UserError, match='at iteration 20 already, past max_iters=12'):
+        train.train(TrainConfig(**RUN | dict(init_from='resume')))
+
+
+@pytest.mark.parametrize('change', [
+    dict(n_layer=3), dict(n_head=4), dict(n_embd=64), dict(block_size=8), dict(bias=True),
+    dict(model='bigram'),
+])
+def test_another_architecture_is_not_resumed(tiny, change):
+    train.train(TrainConfig(**RUN | dict(max_iters=1)))
+    name, value = next(iter(change.items()))
+    before = open('out/ckpt.pt', 'rb').read()
+    with pytest.raises(train.UserError, match=f'^{name} is {value} here but .* in out/ckpt.pt'):
+        train.train(TrainConfig(**RUN | dict(init_from='resume') | change))
+    assert open('out/ckpt.pt', 'rb').read() == before
+
+
+def start(*more, processes=1, **settings):
+    """train.py as a process of its own, in a group of its own."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return subprocess.Popen(
+        [*command, os.path.join(ROOT, 'train.py'), *flags(**settings), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {'OMP_NUM_THREADS': '1'}, encoding='utf-8',
+    )
+
+
+def wait_for(process, words):
+    for line in process.stdout:
+        if line.startswith(words):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+LONG = RUN | dict(max_iters=100_000, eval_interval=100_000)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_in_good_order(tiny, number):
+    process = start(**LONG)
+    wait_for(process, 'iter 5:')
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and not err
+    stopped = int(out.split('stopped at iteration ')[1].split(';')[0])
+    assert 'out/ckpt.pt is saved' in out and '--init_from=resume' in out
+    ckpt = load_checkpoint('out/ckpt.pt')
+    assert ckpt['iter_num'] == stopped >= 6
+    assert [int(row['iteration']) for row in log_of('out')] == list(range(stopped))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_rank_in_good_order(tiny, number):
+    """Ctrl-C reaches every process of the terminal's group; SIGTERM only torchrun, which passes it on."""
+    process = start(processes=2, **LONG)
+    wait_for(process, 'iter 5:')
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert 'stopped at iteration' in out, err
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] >= 6
+    assert 'Error' not in out
+
+
+def test_a_second_ctrl_c_exits_at_once(tiny):
+    """Even if the iteration under way would take for ever."""
+    code = f'''
+import sys, time
+sys.path.insert(0, {ROOT!r})
+import runtime
+with runtime.StopSignal() as stop:
+    print('ready', flush=True)
+    while not stop.received:
+        pass
+    print('asked', flush=True)
+    time.sleep(1000)
+'''
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    wait_for(process, 'ready')
+    process.send_signal(signal.SIGINT)
+    wait_for(process, 'asked')
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 128 + signal.SIGINT
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_nothing(tiny):
+    """30 kills of a run that saves at every iteration, then the end: as if nothing had been."""
+    run = RUN | dict(max_iters=2000, eval_interval=1, eval_iters=1)
+    assert script('train.py', *flags(**run | dict(out_dir='whole'))).returncode == 0
+    moments = random.Random(0)
+    kills = 0
+    while kills < 30:
+        resume = os.path.exists('out/ckpt.pt')
+        process = start(**run | dict(init_from='resume' if resume else 'scratch'))
+        wait_for(process, 'step ')
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, 'the run ended before it was killed'
+        kills += 1
+        for name in ('ckpt.pt', 'best.pt'):
+            if os.path.exists(f'out/{name}'):
+                assert load_checkpoint(f'out/{name}')['iter_num'] < 2000
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] > 30
+    assert script('train.py', *flags(**run | dict(init_from='resume'))).returncode == 0
+    assert_same_run('out', 'whole')
+
+
+@pytest.mark.slow
+def test_soak(folder):
+    """20,000 iterations on a 1.2 GB dataset: memory stays flat and no file stays open."""
+    os.makedirs('data/big')
+    for name, size in (('train', 1_200_000_000), ('val', 2_000)):
+        with open(f'data/big/{name}.bin', 'wb') as file:
+            file.truncate(size)
+    with open('data/big/meta.json', 'w') as file:
+        file.write('{"tokenizer": {"type": "char", "vocab_size": 2, "chars": "ab"}}')
+    seen = []
+
+    def look(self, *args):
+        with open('/proc/self/statm') as file:
+            rss = int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+        seen.append((rss, len(os.listdir('/proc/self/fd'))))
+
+    monitor = train.Monitor.evaluated
+    train.Monitor.evaluated = look
+    try:
+        train.train(TrainConfig(
+            dataset='big', out_dir='out', gradient_accumulation_steps=1, batch_size=4,
+            block_size=16, n_layer=1, n_head=1, n_embd=8, max_iters=20_000, eval_interval=1_000,
+            eval_iters=5, log_interval=100, sample_tokens=0, device='cpu', dtype='float32',
+        ))
+    finally:
+        train.Monitor.evaluated = monitor
+    memory, handles = zip(*seen[2:])
+    assert len(seen) == 21
+    assert max(memory) / min(memory) < 1.05 and max(handles) == min(handles)

@@ -1,0 +1,263 @@
+"""What goes wrong while a run is under way costs at most what came after the last save."""
+
+import csv
+import errno
+import os
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, script
+
+import prepare_text
+import runtime
+import train
+from model import GPT, build_model, load_checkpoint
+from runtime import UserError, atomic_file
+from train import TrainConfig
+
+RUN = TINY | dict(max_iters=12, eval_interval=4)
+
+
+def skipped():
+    with open('out/log.csv', newline='') as file:
+        return [int(row['skipped'] or 0) for row in csv.DictReader(file)]
+
+
+def spoil(monkeypatch, when, what):
+    """Make the training loss not finite in the updates `when`; `what(loss)` spoils it."""
+    forward, calls = GPT.forward, [0]
+
+    def spoilt(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        if self.training and targets is not None:
+            if calls[0] // 2 in when:  # two micro-batches an update
+                loss = what(loss)
+            calls[0] += 1
+        return logits, loss
+
+    monkeypatch.setattr(GPT, 'forward', spoilt)
+
+
+# The second has finite gradients, so only the loss tells; the third a finite loss.
+WAYS = {
+    'nan': lambda loss: loss * float('nan'),
+    'inf plus': lambda loss: loss + float('inf'),
+    'gradient': lambda loss: loss + (loss - loss.detach()).sqrt(),
+}
+
+
+@pytest.mark.parametrize('what', WAYS.values(), ids=WAYS)
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tiny, monkeypatch, what):
+    spoil(monkeypatch, (3, 4, 8), what)
+    train.train(TrainConfig(**RUN))
+    assert skipped()[:12] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    checkpoint = load_checkpoint('out/ckpt.pt')
+    assert all(w.isfinite().all() for w in checkpoint['model'].values())
+    assert {int(s['step']) for s in checkpoint['optimizer']['state'].values()} == {9}
+
+
+def test_a_skipped_update_leaves_weights_and_moments_as_they_were(tiny, monkeypatch):
+    train.train(TrainConfig(**RUN | dict(max_iters=4, lr_decay_iters=12)))
+    before = load_checkpoint('out/ckpt.pt')
+    spoil(monkeypatch, (0,), WAYS['nan'])
+    train.train(TrainConfig(**RUN | dict(init_from='resume', max_iters=5, lr_decay_iters=12)))
+    after = load_checkpoint('out/ckpt.pt')
+    assert after['iter_num'] == 5
+    assert all(torch.equal(before['model'][k], after['model'][k]) for k in before['model'])
+    for key, state in before['optimizer']['state'].items():
+        assert all(torch.equal(v, after['optimizer']['state'][key][k]) for k, v in state.items())
+
+
+def test_ten_in_a_row_stop_the_run(tiny, monkeypatch):
+    spoil(monkeypatch, range(2, 100), WAYS['nan'])
+    with pytest.raises(UserError, match='ten times in a row, up to iteration 11') as error:
+        train.train(TrainConfig(**RUN | dict(max_iters=100, eval_interval=2)))
+    for remedy in ('--learning_rate', '--dtype=float32', '--grad_clip', 'out/ckpt.pt'):
+        assert remedy in str(error.value)
+    assert '\n' not in str(error.value)
+    checkpoint = load_checkpoint('out/ckpt.pt')
+    assert all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny):
+    """A learning rate so large that one finite gradient is enough."""
+    with pytest.raises(UserError, match='weights are not finite'):
+        train.train(TrainConfig(**RUN | dict(learning_rate=1e38, warmup_iters=0, weight_decay=10.0)))
+    for name in ('ckpt.pt', 'best.pt'):
+        weights = load_checkpoint(f'out/{name}')['model'].values()
+        assert all(w.isfinite().all() for w in weights)
+
+
+def test_an_evaluation_that_fails_loses_no_training(tiny, monkeypatch):
+    evaluate, calls = train.evaluate, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise MemoryError('no room to evaluate')
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, 'evaluate', failing)
+    with pytest.raises(MemoryError):
+        train.train(TrainConfig(**RUN))
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] == 4
+
+
+def test_a_sample_that_fails_loses_nothing(tiny, monkeypatch, capsys):
+    def failing(*_):
+        raise RuntimeError('no words')
+
+    monkeypatch.setattr(train, 'sample_text', failing)
+    train.train(TrainConfig(**RUN))
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] == 12
+    assert '(no sample: no words)' in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_training(tiny):
+    """python train.py | head -3"""
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *flags(**RUN)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert load_checkpoint('out/ckpt.pt')['iter_num'] == 12
+
+
+def limited(size):
+    """No file may grow beyond `size` bytes, as if the disk were full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_leaves_the_checkpoint_as_it_was(tiny):
+    assert script('train.py', *flags(**RUN)).returncode == 0
+    before = {name: open(f'out/{name}', 'rb').read() for name in ('ckpt.pt', 'best.pt')}
+    full = subprocess.run(
+        [sys.executable, os.path.join(ROOT, 'train.py'),
+         *flags(**RUN | dict(init_from='resume', max_iters=20))],
+        capture_output=True, text=True, preexec_fn=limited(50_000), timeout=60,
+    )
+    assert full.returncode == 1 and full.stderr.count('\n') == 1
+    assert full.stderr.startswith('error: cannot write out/') and 'free some space' in full.stderr
+    assert {name: open(f'out/{name}', 'rb').read() for name in before} == before
+    assert sorted(os.listdir('out')) == ['best.pt', 'ckpt.pt', 'log.csv']
+    again = script('train.py', *flags(**RUN | dict(init_from='resume', max_iters=20)))
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize('broken', ['open', 'write', 'fsync', 'replace'])
+def test_a_file_is_written_whole_or_not_at_all(folder, monkeypatch, broken):
+    with atomic_file('deep/down/file.txt', 'w') as file:
+        file.write('old')
+
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    if broken == 'open':
+        monkeypatch.setattr('builtins.open', fails)
+    elif broken != 'write':
+        monkeypatch.setattr(os, broken, fails)
+    with pytest.raises(UserError, match='file.txt .No space left'):
+        with atomic_file('deep/down/file.txt', 'w') as file:
+            file.write('new')
+            if broken == 'write':
+                fails()
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert os.listdir('deep/down') == ['file.txt']
+    assert open('deep/down/file.txt').read() == 'old'
+
+
+class Bomb:
+    """A pickle that runs code when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ('exploded',)
+
+
+def test_a_checkpoint_cannot_run_code(tiny):
+    os.mkdir('out')
+    torch.save({'model': {}, 'model_args': {}, 'config': Bomb()}, 'out/ckpt.pt')
+    with open('out/best.pt', 'wb') as file:
+        pickle.dump(Bomb(), file)
+    for args in (['sample.py', '--init_from=out/ckpt.pt'], ['sample.py', '--out_dir=out'],
+                 ['train.py', *flags(**RUN | dict(init_from='resume'))]):
+        result = script(*args)
+        assert result.returncode == 1 and 'might run code' in result.stderr, result.stderr
+        assert result.stderr.count('\n') == 1
+    assert not os.path.exists('exploded')
+    with pytest.raises(FileExistsError):  # it would have: this is what plain pickle does
+        os.mkdir('exploded')
+        pickle.load(open('out/best.pt', 'rb'))
+
+
+def test_a_pickled_dataset_is_not_read(tiny):
+    os.rename('data/tiny/meta.json', 'data/tiny/meta.pkl')
+    with open('data/tiny/meta.pkl', 'wb') as file:
+        pickle.dump(Bomb(), file)
+    with pytest.raises(UserError, match='meta.pkl, a pickle'):
+        train.train(TrainConfig(**RUN))
+    assert not os.path.exists('exploded')
+
+
+@pytest.mark.parametrize('url, answer, words', [
+    ('http://example.org/x', b'text', 'not HTTPS'),
+    ('https://example.org/x', b'<!DOCTYPE html><title>404</title>', 'did not answer with the text'),
+    ('https://example.org/x', b'text' * 1000, 'larger than'),
+    ('https://example.org/x', OSError('timed out'), 'timed out'),
+])
+def test_downloads_are_careful(folder, monkeypatch, url, answer, words):
+    import io
+    import urllib.request
+
+    def reply(self, request, timeout):
+        assert timeout == 10
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, 'open', reply)
+    with pytest.raises(UserError, match=words):
+        prepare_text.download(url, lambda data: data.startswith(b'text'), limit=1000)
+    assert not os.listdir('.')
+
+
+def test_a_redirect_away_from_https_is_not_followed():
+    import urllib.request
+
+    request = urllib.request.Request('https://example.org/x')
+    with pytest.raises(UserError, match='not HTTPS'):
+        prepare_text.HttpsOnly().redirect_request(request, None, 302, '', {}, 'http://evil.org/x')
+
+
+def test_a_checkpoint_without_optimizer_cannot_be_resumed(tiny):
+    train.train(TrainConfig(**RUN))
+    os.replace('out/best.pt', 'out/ckpt.pt')
+    with pytest.raises(UserError, match="no 'optimizer'.*--init_from=out/ckpt.pt"):
+        train.train(TrainConfig(**RUN | dict(init_from='resume')))
+
+
+def test_checkpoints_hold_plain_types_only(tiny):
+    train.train(TrainConfig(**RUN))
+    for name in ('ckpt.pt', 'best.pt'):
+        checkpoint = torch.load(f'out/{name}', weights_only=True)
+        assert checkpoint['format'] == {'name': 'ozgpt', 'version': 1}
+        assert not any(key.startswith('_orig_mod.') for key in checkpoint['model'])
+        assert build_model(load_checkpoint(f'out/{name}')).num_params() > 0
+
+
+def test_the_log_says_where_memory_ends(tiny, monkeypatch):
+    log = runtime.CsvLog('log.csv', ['iteration', 'seconds'], 0)
+
+    class Full:
+        name = 'log.csv'
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    log.file = Full()
+    with pytest.raises(UserError, match='log.csv .No space left'):
+        log.write(iteration=1, seconds=1)
