@@ -433,14 +433,11 @@ def load_checkpoint(path, device='cpu'):
         with warnings.catch_warnings():  # about pickles that it will refuse anyway
             warnings.simplefilter('ignore')
             checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if 'Unsupported global' in str(error) or 'Unsupported class' in str(error):
-            raise ValueError(
-                f'{path} holds more than tensors and plain values and might run code, so it was '
-                'not loaded: get the file from whom you trust, saved with plain types'
-            ) from None
+    except pickle.UnpicklingError:
         raise ValueError(
-            f'{path} is not a checkpoint: give the .pt file that train.py wrote') from None
+            f'{path} was not loaded: it is no checkpoint, or holds more than tensors and plain values '
+            'and might run code; give the .pt file that train.py wrote'
+        ) from None
     except (RuntimeError, OSError, EOFError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).split('\n')[0][:100]
         raise ValueError(f'{path} is damaged or cut off ({reason}): take an older copy') from None

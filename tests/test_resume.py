@@ -107,8 +107,9 @@ def test_rows_after_the_checkpoint_are_written_once(tiny, monkeypatch):
     assert_same_run('out', 'whole')
 
 
-def test_two_processes_resume_exactly(tiny):
-    run = RUN | dict(max_iters=8)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_two_processes_resume_exactly(tiny, dtype):
+    run = RUN | dict(max_iters=8, gradient_accumulation_steps=4, dtype=dtype)
     for settings in (dict(out_dir='whole'), dict(max_iters=5, lr_decay_iters=8),
                      dict(init_from='resume', lr_decay_iters=8)):
         result = script('train.py', *flags(**run | settings), processes=2)
