@@ -9,6 +9,8 @@ from the plain dict that datasets (meta.json) and checkpoints carry.
 """
 
 import codecs
+import json
+import os
 from functools import cached_property
 
 import numpy as np
@@ -70,6 +72,14 @@ class CharTokenizer:
         """A function for one text: give it each id as it comes, get the text to print."""
         return lambda i: self.chars[i]
 
+    def fast(self):
+        """The same for Hugging Face, a tokenizers.Tokenizer: BPE that never merges."""
+        from tokenizers import Tokenizer, decoders, models
+
+        fast = Tokenizer(models.BPE({char: i for i, char in enumerate(self.chars)}, []))
+        fast.decoder = decoders.Fuse()
+        return fast
+
     def state(self):
         """What `tokenizer_from` needs, as plain types."""
         return {'type': 'char', 'vocab_size': self.vocab_size, 'chars': self.chars}
@@ -122,9 +132,47 @@ class GPT2Tokenizer:
         utf8 = codecs.getincrementaldecoder('utf-8')('replace')
         return lambda i: utf8.decode(self.bpe.decode_single_token_bytes(int(i)))
 
+    def fast(self):
+        """The same for Hugging Face, a tokenizers.Tokenizer, from tiktoken's list of tokens alone."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        tokens = [self.bpe.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+        rank = {token: i for i, token in enumerate(tokens[: self.eot])}
+        # Hugging Face writes bytes as letters: printable ones as they are, others from U+0100 on.
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letter = {b: chr(b) for b in plain}
+        letter |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(plain)))}
+        word = lambda token: ''.join(letter[b] for b in token)  # noqa: E731
+        merges = []
+        for token in tokens[: self.eot]:
+            parts = [bytes([b]) for b in token]
+            while len(parts) > 2:  # merge as far as earlier tokens go: the last pair is this one's
+                pairs = [rank.get(a + b, self.eot) for a, b in zip(parts, parts[1:])]
+                i = pairs.index(min(pairs))
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2:
+                merges.append((word(parts[0]), word(parts[1])))
+        vocab = {word(token): i for token, i in rank.items()} | {'<|endoftext|>': self.eot}
+        fast = Tokenizer(models.BPE(vocab, merges))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
+        fast.add_special_tokens([AddedToken('<|endoftext|>', special=True)])
+        return fast
+
     def state(self):
         """What `tokenizer_from` needs, as plain types."""
         return {'type': 'gpt2', 'vocab_size': self.vocab_size}
+
+
+def tokenizer_of(folder):
+    """The tokenizer of a Hugging Face folder: characters if its vocabulary is such, else GPT-2's."""
+    path = os.path.join(folder, 'tokenizer.json')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            model = json.load(file)['model']
+        if not model.get('merges'):
+            return tokenizer_from({'type': 'char', 'chars': ''.join(model['vocab'])})
+    return GPT2Tokenizer()
 
 
 def tokenizer_from(state):

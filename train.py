@@ -15,7 +15,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -25,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import runtime
 from configurator import override
 from model import (
-    GPT, MODEL_SIZES, Bigram, GPTConfig, build_model, checkpoint_file, load_checkpoint,
+    GPT, MODEL_SIZES, Bigram, GPTConfig, build_model, checkpoint_file, is_pretrained,
+    load_checkpoint,
 )
 from runtime import Monitor, Ranks, StopSignal, UsageError, UserError
-from tokenizer import tokenizer_from
+from tokenizer import tokenizer_from, tokenizer_of
 
 REMEDIES = 'Remedies: a lower --learning_rate, --dtype=float32, a smaller --grad_clip'
 
@@ -157,8 +157,11 @@ class Dataset:
 
     def __init__(self, cfg, ranks):
         folder = os.path.join('data', cfg.dataset)
-        if not os.path.exists(os.path.join(folder, 'train.bin')):
-            self.make(cfg, folder, ranks)
+        for leader in (ranks.is_main, ranks.local_rank == 0):  # then machines with their own disk
+            missing = not os.path.exists(os.path.join(folder, 'train.bin'))
+            if missing and leader:
+                self.make(cfg, folder)
+            ranks.any(missing)  # the others wait here
         self.meta = self.read_meta(folder)
         self.tokenizer = tokenizer_from(self.meta['tokenizer'])
         self.splits = {}
@@ -176,8 +179,9 @@ class Dataset:
                 )
             self.splits[name] = split
 
-    def make(self, cfg, folder, ranks):
-        """Run the script that `prepare` names, on one process of each machine."""
+    @staticmethod
+    def make(cfg, folder):
+        """Run the script that `prepare` names."""
         if not cfg.prepare:
             raise UserError(
                 f'the dataset {folder} is missing: run the prepare script that makes it, or '
@@ -185,12 +189,8 @@ class Dataset:
             )
         script, *args = shlex.split(cfg.prepare)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-        if ranks.local_rank == 0:
-            code = subprocess.run([sys.executable, script, *args]).returncode
-            if code:
-                raise UserError(f'{cfg.prepare} could not make {folder}: run it by hand to see why')
-        while not os.path.exists(os.path.join(folder, 'meta.json')):  # written last
-            time.sleep(0.1)
+        if subprocess.run([sys.executable, script, *args]).returncode:
+            raise UserError(f'{cfg.prepare} could not make {folder}: run it by hand to see why')
 
     @staticmethod
     def read_meta(folder):
@@ -337,31 +337,32 @@ def starting_point(cfg, data):
     What comes from a checkpoint has that checkpoint's shape; only its dropout, and a shorter
     block_size, are ours to choose.
     """
-    vocab_size = data.tokenizer.vocab_size
+    state = data.tokenizer.state()
+    vocab_size = state['vocab_size']
+    padded = 50304 if vocab_size == 50257 else vocab_size  # a multiple of 64 is faster on GPUs
     if cfg.init_from == 'scratch':
-        padded = 50304 if vocab_size == 50257 else vocab_size  # a multiple of 64 is faster
         shape = {name: getattr(cfg, name) for name in
                  ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'gelu')}
         config = GPTConfig(vocab_size=padded, real_vocab_size=vocab_size, **shape)
         return (Bigram if cfg.model == 'bigram' else GPT)(config), None
-    pretrained = cfg.init_from.startswith('gpt2') and not os.path.exists(cfg.init_from)
-    if pretrained or os.path.exists(os.path.join(cfg.init_from, 'config.json')):
-        model = GPT.from_pretrained(cfg.init_from, dropout=cfg.dropout)
+    if is_pretrained(cfg.init_from):
+        theirs = tokenizer_of(cfg.init_from).state()
+        if theirs != state:
+            raise ValueError(
+                f'{cfg.init_from} was trained on {theirs["type"]} tokens, {cfg.dataset} has other '
+                f'({state["type"]}) ones: prepare it with --tokenizer={theirs["type"]}'
+            )
+        model = GPT.from_pretrained(cfg.init_from, cfg.dropout, padded)
     else:
         resume = cfg.init_from == 'resume'
         path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else checkpoint_file(cfg.init_from)
         checkpoint = load_checkpoint(path)
         if resume:
             refuse_to_resume(cfg, checkpoint, path)
-        adopt_tokenizer(checkpoint, data.tokenizer.state(), path)
+        adopt_tokenizer(checkpoint, state, path)
         model = build_model(checkpoint, dropout=cfg.dropout)
         if resume:
             return model, checkpoint
-    if model.config.vocab_size < vocab_size:
-        raise ValueError(
-            f'{cfg.init_from} has a vocabulary of {model.config.vocab_size}, the dataset '
-            f'{cfg.dataset} one of {vocab_size}: prepare the dataset with the tokenizer of the model'
-        )
     if cfg.block_size != model.config.block_size:
         model.crop_block_size(cfg.block_size)
     return model, None

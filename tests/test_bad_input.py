@@ -214,6 +214,7 @@ TABLE = {
     'top_k of zero': ([*SAMPLE, '--top_k=0'], ['top_k is 0', 'at least 1'], nothing),
     'no samples': ([*SAMPLE, '--num_samples=0'], ['num_samples is 0'], nothing),
     'no tokens': ([*SAMPLE, '--max_new_tokens=-3'], ['max_new_tokens is -3'], nothing),
+    'unknown quantization': ([*SAMPLE, '--quantize=int2'], ['int2', 'int8'], nothing),
     'no gpt2': ([*SAMPLE, '--init_from=gpt2'], ['transformers', 'pip install'], hide('transformers')),
     # prepare_*
     'no text': (['prepare_text.py', '--dataset=x'], ['which text'], nothing, REAL),

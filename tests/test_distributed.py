@@ -1,9 +1,13 @@
 """Several processes are one training run, up to rounding."""
 
 import csv
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
-from conftest import TINY, flags, script, steps
+from conftest import ROOT, TINY, flags, script, steps
 
 from model import load_checkpoint
 
@@ -32,3 +36,52 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny):
     result = script('train.py', *flags(**RUN | dict(gradient_accumulation_steps=3)), processes=2)
     assert result.returncode == 1
     assert 'gradient_accumulation_steps=3' in result.stderr and '4 can' in result.stderr
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_nodes_of_two_processes_equal_one(tiny):
+    """The two-node form, both nodes on this machine; the config makes the dataset, once."""
+    (tiny / 'story.txt').write_text('Dorothy and Toto walked. ' * 200)
+    run = RUN | dict(dataset='story', prepare='prepare_text.py story.txt --dataset=story')
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={rank}',
+             '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}',
+             os.path.join(ROOT, 'train.py'), *flags(**run | dict(out_dir='nodes'))],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {'OMP_NUM_THREADS': '1'},
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum(out.count('data/story: ') for out, _ in outputs) == 1
+    assert script('train.py', *flags(**run | dict(out_dir='alone'))).returncode == 0
+    for one, many in zip(losses('alone'), losses('nodes'), strict=True):
+        assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_reason(tiny):
+    (tiny / 'failing.py').write_text(f'''
+import os, sys
+sys.path.insert(0, {ROOT!r})
+import runtime, train
+forward, calls = train.GPT.forward, []
+def failing(self, *args, **kwargs):
+    calls.append(1)
+    if os.environ['RANK'] == '1' and len(calls) == 30:
+        raise runtime.UserError('the memory of rank 1 is full: use a smaller one')
+    return forward(self, *args, **kwargs)
+train.GPT.forward = failing
+runtime.run(train.main)
+''')
+    result = script(str(tiny / 'failing.py'), *flags(**RUN), processes=2, timeout=60)
+    assert result.returncode != 0
+    assert 'error: the memory of rank 1 is full: use a smaller one' in result.stderr
+    assert 'step 0:' in result.stdout and 'step 20:' not in result.stdout

@@ -1,0 +1,145 @@
+"""GPT-2 weights in and out, compared with the package transformers on small random models."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, script, steps
+from test_tokenizer import TEXTS
+
+import sample
+import train
+from model import GPT, GPTConfig, load_checkpoint
+from runtime import UserError
+from tokenizer import CharTokenizer, GPT2Tokenizer, tokenizer_of
+from train import TrainConfig
+
+transformers = pytest.importorskip('transformers')
+
+
+@pytest.fixture
+def theirs(folder):
+    """A small GPT-2 with random weights, as transformers makes and saves it, in the folder hf."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50257, n_positions=32, n_embd=32, n_layer=2, n_head=2)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained('hf')
+    return model
+
+
+@pytest.fixture
+def bpe():
+    tokenizer = GPT2Tokenizer()
+    try:
+        tokenizer.bpe
+    except UserError:
+        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
+    return tokenizer
+
+
+@pytest.mark.parametrize('vocab_size', [None, 50304])
+@torch.no_grad()
+def test_logits_equal_transformers(theirs, vocab_size):
+    ours = GPT.from_pretrained('hf', vocab_size=vocab_size).eval()
+    idx = torch.randint(50257, (2, 32))
+    expected = theirs(idx, labels=idx)
+    logits, _ = ours(idx, idx)
+    assert logits.shape[-1] == (vocab_size or 50257)
+    assert (logits[..., :50257] - expected.logits).abs().max() < 1e-4
+    _, loss = ours(idx[:, :-1], idx[:, 1:])
+    assert abs(loss - expected.loss) < 1e-4
+    assert ours.config.gelu == 'tanh' and ours.generate(idx[:, :3], 5).max() < 50257
+
+
+@pytest.mark.parametrize('change', [
+    dict(model_type='gpt_neo'), dict(activation_function='relu'), dict(n_inner=64),
+    dict(scale_attn_by_inverse_layer_idx=True),
+])
+def test_another_architecture_is_refused(theirs, change):
+    with open('hf/config.json') as file:
+        config = json.load(file)
+    with open('hf/config.json', 'w') as file:
+        json.dump(config | change, file)
+    with pytest.raises((ValueError, OSError)):
+        GPT.from_pretrained('hf')
+
+
+def greedy(folder, prompt, new):
+    """What transformers writes from a folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors='pt').input_ids
+    out = model.generate(ids, max_new_tokens=new, do_sample=False, use_cache=True,
+                         attention_mask=torch.ones_like(ids), pad_token_id=0)
+    return tokenizer.decode(out[0])
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_char_model_writes_the_same_there(tiny, bias):
+    train.train(TrainConfig(**TINY | dict(max_iters=60, block_size=64, bias=bias)))
+    result = script('export_hf.py', '--out_dir=out', '--to=hf')
+    assert result.returncode == 0 and 'tokenizer.json' in result.stdout, result.stderr
+    ours = script('sample.py', '--out_dir=out', '--start=“Oh,” said', '--max_new_tokens=40',
+                  '--num_samples=1', '--temperature=0', '--dtype=float32')
+    assert greedy('hf', '“Oh,” said', 40) == ours.stdout.removesuffix('\n')
+    back = script('sample.py', '--init_from=hf', '--start=“Oh,” said', '--max_new_tokens=40',
+                  '--num_samples=1', '--temperature=0', '--dtype=float32')
+    assert back.stdout == ours.stdout, back.stderr
+    again = script('export_hf.py', '--out_dir=out', '--to=hf')
+    assert again.returncode == 2 and '--to=hf' in again.stderr
+
+
+def test_a_gpt2_model_writes_the_same_there(folder, bpe):
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)).eval()
+    for p in ours.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ours.save_pretrained('hf', bpe)
+    idx = torch.from_numpy(bpe.encode('The Lion’s tail').astype(np.int64))[None]
+    ids = ours.generate(idx, 30, temperature=0)[0].tolist()
+    if bpe.eot in ids:
+        ids = ids[: ids.index(bpe.eot) + 1]
+    assert greedy('hf', 'The Lion’s tail', 30) == bpe.decode(ids)
+
+
+def test_tokenizers_agree(folder, bpe):
+    for tokenizer in (bpe, CharTokenizer.of(''.join(TEXTS))):
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast())
+        fast.save_pretrained('t')
+        fast = transformers.AutoTokenizer.from_pretrained('t')
+        for text in (''.join(TEXTS), "don't  stop\n\n 1234 x" if tokenizer is bpe else 'hello'):
+            assert fast(text).input_ids == tokenizer.encode(text).tolist()
+            assert fast.decode(tokenizer.encode(text).tolist()) == text
+        assert tokenizer_of('t').state() == tokenizer.state()
+
+
+def test_finetuning_a_local_model_lowers_the_loss(theirs, capsys):
+    """The README's recipe with a small local model in the place of gpt2."""
+    os.makedirs('data/words')
+    ids = np.tile(np.arange(40, dtype='<u2') * 7, 100)
+    for name in ('train', 'val'):
+        ids.tofile(f'data/words/{name}.bin')
+    train.train(TrainConfig(**TINY | dict(
+        dataset='words', init_from='hf', max_iters=20, eval_interval=10, sample_tokens=0)))
+    seen = steps(capsys.readouterr().out)
+    assert seen[-1][2] < seen[0][2] - 0.5
+    checkpoint = load_checkpoint('out')
+    assert checkpoint['config']['gelu'] == 'tanh' and checkpoint['model_args']['n_layer'] == 2
+    model, _ = sample.load(sample.SampleConfig())
+    assert model.config.gelu == 'tanh' and model.config.real_vocab_size == 50257
+
+
+def test_a_char_dataset_is_refused(tiny, theirs):
+    with pytest.raises(UserError, match='hf was trained on gpt2 tokens, tiny has other'):
+        train.train(TrainConfig(**TINY | dict(init_from='hf')))
+
+
+def test_without_a_network_the_error_says_what_to_download(folder):
+    result = script('sample.py', '--init_from=gpt2-large', env={'HF_HUB_OFFLINE': '1',
+                                                                'HF_HOME': str(folder)})
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert 'gpt2-large' in result.stderr and 'model.safetensors' in result.stderr
