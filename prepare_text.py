@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import runtime
 from configurator import override
-from runtime import UsageError, UserError, atomic_file
+from runtime import Progress, UsageError, UserError, atomic_file
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 
@@ -98,7 +98,9 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
         if not part:
             raise UserError(f'{len(text)} characters are too few for a {name} split: take more text')
     encoder = CharTokenizer.of(text) if tokenizer == 'char' else GPT2Tokenizer()
-    ids = {name: encoder.encode(part).astype('<u2') for name, part in parts.items()}
+    progress = Progress(len(text), f'encoding data/{dataset}:')
+    ids = {name: encoder.encode(part, progress.advance).astype('<u2')
+           for name, part in parts.items()}
     meta = {
         'tokenizer': encoder.state(),
         'vocab_size': encoder.vocab_size,
@@ -116,8 +118,8 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, old))
     counts = ', '.join(f'{len(part):,} {name}' for name, part in ids.items())
-    print(f'{folder}: {counts} tokens, {encoder.vocab_size:,} ids, from {source} '
-          f'in {time.perf_counter() - began:.1f} s')
+    progress.say(f'{folder}: {counts} tokens, {encoder.vocab_size:,} ids, from {source} '
+                 f'in {time.perf_counter() - began:.1f} s')
     return meta
 
 

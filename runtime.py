@@ -7,6 +7,8 @@ appear whole or not at all; signals; the log and the progress line.
 import contextlib
 import csv
 import ctypes
+import gc
+import importlib.util
 import os
 import shutil
 import signal
@@ -35,7 +37,11 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding='utf-8', errors='replace')
     try:
-        sys.exit(main(sys.argv[1:]))
+        try:
+            sys.exit(main(sys.argv[1:]))
+        finally:
+            if Progress.shown:  # what is said now begins below it
+                print(flush=True)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(error.exit_code)
@@ -304,35 +310,60 @@ class StopSignal:
 
 # --- the terminal
 
+# Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
+UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\ufffd')
+
 
 class Progress:
-    """One live line at the bottom of a terminal; plain lines in a file or a pipe."""
+    """One live line at the bottom of a terminal; plain lines in a file, a pipe or a dumb terminal.
 
-    def __init__(self, total, stream=None, enabled=True):
-        self.total = total
+    It has no colors, so there is nothing that NO_COLOR would have to turn off.
+    """
+
+    shown = False  # whether there is a live line on the screen, the only one we have
+
+    def __init__(self, total, what='', stream=None, enabled=True):
+        self.total, self.what, self.done = total, what, 0
         self.stream = stream or sys.stdout
         self.enabled = enabled
-        self.live = self.stream.isatty() and os.environ.get('TERM') != 'dumb'
-        self.shown = False
+        self.live = enabled and self.stream.isatty() and os.environ.get('TERM') != 'dumb'
+        self.began = self.drawn = time.perf_counter()
+
+    @property
+    def due(self):
+        """Whether it is time to show something new: to an eye, or in a file that will be read."""
+        return time.perf_counter() - self.drawn > (0.1 if self.live else 10)
 
     def say(self, text=''):
         """Print lines that stay."""
         if self.enabled:
-            self.write(('\r\x1b[K' if self.shown else '') + text + '\n')
-            self.shown = False
+            self.write(('\r\x1b[K' if Progress.shown else '') + text + '\n')
+            Progress.shown = False
 
-    def update(self, done, text, log):
-        """Show how far we are: on a terminal always, elsewhere when this is a line to `log`."""
-        if self.enabled and not self.live and log:
-            self.write(text + '\n')
-        if self.enabled and self.live:
-            width = shutil.get_terminal_size().columns - 1
-            cells = min(20, width - len(text) - 1)
-            if cells >= 5:
-                full = round(cells * done / max(1, self.total))
-                text = '━' * full + '╌' * (cells - full) + ' ' + text
-            self.write('\r' + text[:width] + '\x1b[K')
-            self.shown = True
+    def update(self, done, parts, line=''):
+        """Show how far we are: a bar and the first `parts` that fit; in a file, `line`."""
+        if self.enabled and not self.live and line:
+            self.write(line + '\n')
+            self.drawn = time.perf_counter()
+        if self.live and self.due:
+            room = shutil.get_terminal_size().columns - 1
+            while len(parts) > 1 and len(', '.join(parts)) > room - 6:
+                parts = parts[:-1]
+            text = ', '.join(parts)
+            cells = max(0, min(20, room - len(text) - 1))
+            full = round(cells * done / max(1, self.total))
+            text = ('━' * full + '╌' * (cells - full) + ' ' + text).strip()
+            self.write('\r' + text[:room] + '\x1b[K')
+            self.drawn = time.perf_counter()
+            Progress.shown = True
+
+    def advance(self, more):
+        """`more` of the total is done, in a job that has nothing to tell but how long it takes."""
+        self.done += more
+        if self.due:
+            left = (time.perf_counter() - self.began) * (self.total / self.done - 1)
+            parts = [f'{self.what} {self.done / self.total:.0%}', f'{clock(left)} left']
+            self.update(self.done, parts, line=', '.join(parts))
 
     def write(self, text):
         """A terminal that went away, or a pipe that was closed, is no reason to stop training."""
@@ -340,7 +371,7 @@ class Progress:
             self.stream.write(text)
             self.stream.flush()
         except OSError:
-            self.enabled = False
+            self.enabled = self.live = False
             mute(self.stream)
 
 
@@ -419,9 +450,10 @@ class Monitor:
             )
         if self.enabled:
             self.log = CsvLog(os.path.join(cfg.out_dir, 'log.csv'), LOG_COLUMNS, start)
+        self.draws = self.enabled and importlib.util.find_spec('matplotlib') is not None
         self.losses = {}  # of the evaluation at this iteration, if there was one
         self.start = start
-        self.began = self.since = self.drawn = time.perf_counter()
+        self.began = self.since = time.perf_counter()
         self.iterations = 0  # since the last logged one
         what = f'{model.num_params():,} parameters, {self.tokens:,} tokens an iteration'
         self.progress.say(f'{cfg.dataset}: {epoch_tokens:,} train tokens; {cfg.model} of {what}; '
@@ -447,6 +479,7 @@ class Monitor:
             text = make_text(*args)
         except Exception as error:
             text = f'(no sample: {error})'
+        text = text.translate(UNPRINTABLE)
         self.progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
 
     def trained(self, it, loss, norm, rate, optimizer):
@@ -455,7 +488,7 @@ class Monitor:
         now = time.perf_counter()
         logged = it % self.cfg.log_interval == 0 or bool(self.losses)
         free = self.device.type == 'cpu'  # to look costs nothing: no GPU has to be waited for
-        if logged or (free and self.progress.live and now - self.drawn > 0.1):
+        if logged or (free and self.progress.live and self.progress.due):
             loss = loss.item()
             now = time.perf_counter()
             per_iteration = (now - self.since) / self.iterations
@@ -463,24 +496,24 @@ class Monitor:
             mfu = speed * self.mfu_per_rate if self.mfu_per_rate else None
             left = (now - self.began) / (it + 1 - self.start) * (self.cfg.max_iters - it - 1)
             epochs = it * self.tokens / self.epoch_tokens
+            parts = [f'{clock(left)} left', f'{speed:,.0f} tok/s', f'epoch {epochs:.2f}']
+            parts += [f'mfu {mfu:.1%}'] if mfu else []
+            line = [f'iter {it}: loss {loss:.4f}', f'time {1e3 * per_iteration:.2f}ms', *parts]
             self.progress.update(
-                it + 1,
-                f'iter {it}: loss {loss:.4f}, time {1e3 * per_iteration:.2f}ms, {speed:,.0f} tok/s, '
-                + (f'mfu {mfu:.1%}, ' if mfu else '') + f'epoch {epochs:.2f}, {clock(left)} left',
-                log=logged and it % self.cfg.log_interval == 0,
+                it + 1, [f'iter {it}', f'loss {loss:.4f}', *parts],
+                line=', '.join(line) if it % self.cfg.log_interval == 0 else '',
             )
-            self.drawn = now
         if logged:
             step = next(iter(optimizer.state.values()))['step']  # updates that were really made
+            self.since, self.iterations = now, 0
             self.write(
                 it, train_loss=loss, learning_rate=rate, grad_norm=norm.item(),
                 skipped=it + 1 - int(step), tokens_per_s=round(speed), mfu=mfu and round(mfu, 4),
             )
-            self.since, self.iterations = now, 0
         return logged or free
 
     def write(self, it, **figures):
-        """A row of log.csv, and of wandb."""
+        """A row of log.csv, and of wandb; if it has an evaluation, a new loss.png too."""
         if self.enabled:
             evaluation = {'train_eval_loss': 'train', 'val_loss': 'val'}
             row = {
@@ -492,7 +525,23 @@ class Monitor:
             self.log.write(**row)
             if self.wandb:
                 self.wandb.log({k: v for k, v in row.items() if v is not None}, step=it)
+            if self.losses:
+                self.draw()
         self.losses = {}
+
+    def draw(self):
+        """loss.png, from what log.csv has by now. If that fails, say so, once, and go on."""
+        if self.draws:
+            with self.pause():
+                try:
+                    import plot_loss  # here, since it brings matplotlib, and imports this module
+
+                    path = os.path.join(self.cfg.out_dir, 'loss.png')
+                    plot_loss.draw([self.cfg.out_dir], path)
+                    gc.collect(1)  # a figure refers to itself; without this, many pile up
+                except Exception as error:
+                    self.draws = False
+                    self.progress.say(f'(no loss.png from here on: {error})')
 
     def stopped(self, it):
         self.progress.say(

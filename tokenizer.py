@@ -49,8 +49,11 @@ class CharTokenizer:
             seen[code_points(text[start : start + CHUNK])] = True
         return cls(''.join(map(chr, np.flatnonzero(seen))))
 
-    def encode(self, text):
-        """str to a (len(text),) uint16 array. Raises UserError for a character it doesn't know."""
+    def encode(self, text, advance=lambda more: None):
+        """str to a (len(text),) uint16 array. Raises UserError for a character it doesn't know.
+
+        advance: is told, now and then, how many more characters are done.
+        """
         ids = np.empty(len(text), np.uint16)
         for start in range(0, len(text), CHUNK):
             codes = code_points(text[start : start + CHUNK])
@@ -62,6 +65,7 @@ class CharTokenizer:
                     f'{self.vocab_size} that this model knows: {self.chars!r}'
                 )
             ids[start : start + CHUNK] = places
+            advance(len(places))
         return ids
 
     def decode(self, ids):
@@ -108,8 +112,11 @@ class GPT2Tokenizer:
                 'or set TIKTOKEN_CACHE_DIR to a folder that has it'
             ) from None
 
-    def encode(self, text):
-        """str to a uint16 array, exactly tiktoken's ids; <|endoftext|> in it is plain text."""
+    def encode(self, text, advance=lambda more: None):
+        """str to a uint16 array, exactly tiktoken's ids; <|endoftext|> in it is plain text.
+
+        advance: is told, now and then, how many more characters are done.
+        """
         # A cut before the white space that ends a word never splits a token, and keeps memory low.
         pieces, start = [], 0
         while start < len(text):
@@ -117,6 +124,7 @@ class GPT2Tokenizer:
             while end < len(text) and not (text[end].isspace() and not text[end - 1].isspace()):
                 end += 1
             pieces.append(np.array(self.bpe.encode_ordinary(text[start:end]), np.uint16))
+            advance(end - start)
             start = end
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
 

@@ -36,7 +36,7 @@ REMEDIES = 'Remedies: a lower --learning_rate, --dtype=float32, a smaller --grad
 @dataclass
 class TrainConfig:
     # what comes out
-    out_dir: str = 'out'  # ckpt.pt (to resume), best.pt (to use) and log.csv go here
+    out_dir: str = 'out'  # for ckpt.pt (to resume), best.pt (to use), log.csv and loss.png
     eval_interval: int = 2000  # evaluate, save and show a sample every so many iterations
     log_interval: int = 1  # a line and a row of log.csv every so many iterations
     eval_iters: int = 200  # batches per evaluation, the same each time; 0 takes the whole split

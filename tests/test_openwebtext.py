@@ -1,0 +1,555 @@
+"""OpenWebText, to the byte: what comes in, what comes out, and what may happen in between."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import bench_openwebtext as bench
+import numpy as np
+import pytest
+from conftest import ROOT, STORY, script
+from test_data import contents
+
+import prepare_openwebtext as owt
+from runtime import UsageError, UserError
+from tokenizer import GPT2Tokenizer
+
+SETTINGS = ['--dataset=web', '--num_proc=1', '--val_fraction=0.1']
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    try:
+        return GPT2Tokenizer().bpe
+    except UserError:
+        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
+
+
+@pytest.fixture(autouse=True)
+def threads(request, monkeypatch):
+    """Threads for workers, which start at once, where processes are not what is tested."""
+    if 'workers' not in request.fixturenames:
+        monkeypatch.setattr(
+            owt, 'ProcessPoolExecutor', lambda workers, *_: ThreadPoolExecutor(workers)
+        )
+
+
+def make_documents(count=120, seed=0):
+    """Documents, as bytes, with everything that can be odd in them."""
+    with open(STORY, encoding='utf-8') as file:
+        paragraphs = file.read().split('\n\n')
+    draw = random.Random(seed)
+    texts = ['', ' \n', 'a\n\n\nb\n\n\n\n\nc', '  x   y \n \n z\t\t\t.\r\n\r\n']
+    texts += ['“Oz” 奥兹 🌪️<|endoftext|>', 'one\xa0 \u3000two']
+    for _ in range(count):
+        texts.append('\n\n\n'.join(draw.choices(paragraphs, k=draw.randint(1, 5))))
+    draw.shuffle(texts)
+    return [text.encode() for text in texts]
+
+
+def reference(documents, val_fraction=0.1):
+    """What the splits must be, as plainly as can be."""
+    bpe, ids = GPT2Tokenizer().bpe, {'train': [], 'val': []}
+    for document in documents:
+        text = re.sub('\n{3,}', '\n\n', document.decode('utf-8', 'replace')).strip()
+        place = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16
+        ids['val' if place < val_fraction else 'train'] += bpe.encode_ordinary(text) + [50256]
+    return {f'{split}.bin': np.array(ids[split], '<u2').tobytes() for split in ids}
+
+
+def make_tar(files):
+    """The bytes of a tar with files of these (name, bytes)."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode='w') as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+def make_archives(documents, count=6, subset=0):
+    """(name, bytes) of inner archives with these documents, in order."""
+    share = -(-len(documents) // count)
+    for i in range(count):
+        some = enumerate(documents[i * share : (i + 1) * share])
+        tar = make_tar([(f'{j:07}-{i:032x}.txt', document) for j, document in some])
+        yield f'openwebtext/urlsf_subset{subset:02}-{i + 1}_data.xz', lzma.compress(tar, preset=0)
+
+
+def write(path, data):
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
+def result(dataset='web'):
+    """The splits that were written; checks that meta.json speaks of them, and that all is tidy."""
+    files = contents(f'data/{dataset}')
+    meta = json.loads(files.pop('meta.json'))
+    assert list(files) and set(files) == {'train.bin', 'val.bin'}
+    assert meta['tokenizer'] == GPT2Tokenizer().state() and meta['vocab_size'] == 50257
+    assert meta['tokens'] == {name[:-4]: len(data) // 2 for name, data in files.items()}
+    both = files['train.bin'] + files['val.bin']
+    assert meta['sha256'] == hashlib.sha256(both).hexdigest()
+    return files
+
+
+def prepare(*flags):
+    owt.main([*SETTINGS, *flags])
+    return result()
+
+
+def test_the_ids_are_tiktokens(bpe):
+    alphabet = [*' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u3000\u200b\ufeffaAéß1٣中🦁!.-\u0301\0']
+    alphabet += ["'", "'s", "'ll", "'VE", '   ', '\n\n', "don't", '<|endoftext|>']
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = ''.join(draw.choices(alphabet, k=draw.randint(0, 25))).strip()
+        ids = np.frombuffer(owt.encode(text), '<u2').tolist()
+        assert ids == bpe.encode_ordinary(text), ascii(text)
+    assert len(owt.encode('x' + ' ' * 3_000_000 + 'y')) > 4  # more than tiktoken's stack takes
+
+
+@pytest.mark.parametrize('workers', [1, 2, 3])
+def test_any_number_of_workers_gives_the_reference(bpe, folder, workers):
+    documents = make_documents()
+    write('urlsf_subset00.tar', make_tar(make_archives(documents)))
+    assert prepare(f'--num_proc={workers}', '--input=urlsf_subset00.tar') == reference(documents)
+
+
+def outer_tar(documents):
+    half = len(documents) // 2
+    write('in/urlsf_subset00.tar', make_tar(make_archives(documents[:half])))
+    write('in/urlsf_subset01.tar', make_tar(make_archives(documents[half:], subset=1)))
+
+
+def outer_tar_xz(documents):
+    write('in/openwebtext.tar.xz', lzma.compress(make_tar(make_archives(documents)), preset=0))
+
+
+def inner(documents):
+    for name, data in make_archives(documents):
+        write(f'in/{name}', data)
+
+
+def txt(documents):
+    for i, document in enumerate(documents):
+        write(f'in/{"ab"[i // 100]}/{i:04}.txt', document)
+    write('in/a/notes.md', b'not this')
+    write('in/a/.hidden.txt', b'nor this')
+
+
+def jsonl(documents, suffix='', compress=bytes):
+    half = len(documents) // 2
+    for name, some in ('a', documents[:half]), ('b', documents[half:]):
+        rows = [json.dumps({'id': 1, 'text': document.decode()}) for document in some]
+        write(f'in/{name}.jsonl{suffix}', compress('\n'.join([*rows, '']).encode()))
+
+
+def jsonl_gz(documents):
+    jsonl(documents, '.gz', gzip.compress)
+
+
+def jsonl_xz(documents):
+    jsonl(documents, '.xz', lzma.compress)
+
+
+def parquet(documents):
+    pyarrow = pytest.importorskip('pyarrow')
+    import pyarrow.parquet
+
+    os.mkdir('in')
+    texts = [document.decode() for document in documents]
+    table = pyarrow.table({'n': [1] * len(texts), 'text': texts})
+    pyarrow.parquet.write_table(table, 'in/a.parquet')
+
+
+FORMS = [outer_tar, outer_tar_xz, inner, txt, jsonl, jsonl_gz, jsonl_xz, parquet]
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('large', [False, True])
+def test_every_form_gives_the_same(bpe, folder, monkeypatch, form, large):
+    if large:  # an archive is cut into many tasks
+        monkeypatch.setattr(owt, 'LARGE', 1000)
+        monkeypatch.setattr(owt, 'CHUNK', 5000)
+    documents = make_documents()
+    form(documents)
+    assert prepare('--input=in') == reference(documents)
+
+
+def test_parquet_without_its_package_says_what_to_install(bpe, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    write('a.parquet', b'PAR1')
+    with pytest.raises(UserError, match='pip install pyarrow'):
+        prepare('--input=a.parquet')
+
+
+def test_many_files_are_listed_by_name(folder, monkeypatch):
+    for i in range(30):
+        write(f'in/{i * 7 % 30:02}.txt', b'')
+    assert [os.path.basename(p) for p in owt.files_in('in')] == [f'{i:02}.txt' for i in range(30)]
+
+
+def test_the_split_depends_on_the_text_alone(bpe, folder):
+    documents = [b'number %d' % i for i in range(4000)]
+    write('a.jsonl', b''.join(b'{"text": "%s"}\n' % d for d in documents))
+    write('b.jsonl', b''.join(b'{"text": "%s  "}\n' % d for d in reversed(documents * 2)))
+    val = {}
+    for name in 'ab':
+        files = prepare(f'--input={name}.jsonl', '--val_fraction=0.01')
+        text = GPT2Tokenizer().decode(np.frombuffer(files['val.bin'], '<u2'))
+        val[name] = text.split('<|endoftext|>')[:-1]
+    assert 20 < len(val['a']) < 60
+    assert sorted(val['a'] * 2) == sorted(val['b'])
+
+
+# Runs the script, and kills it and all its workers when `KILL_AFTER` archives are finished.
+KILLED = """
+import os, signal, sys
+import prepare_openwebtext as owt
+
+class Output(owt.Output):
+    left = int(os.environ['KILL_AFTER'])
+
+    def finish(self, archive):
+        super().finish(archive)
+        self.left -= 1
+        if not self.left:
+            self.files['train'].write(b'half an archive')
+            self.files['train'].flush()
+            os.killpg(0, signal.SIGKILL)
+
+if __name__ == '__main__':
+    owt.Output = Output
+    owt.main(sys.argv[1:])
+"""
+
+
+def killed(after, *flags):
+    """Run until `after` archives are finished, then kill -9 the process group."""
+    write('killed.py', KILLED.encode())
+    process = subprocess.run(
+        [sys.executable, 'killed.py', *SETTINGS, *flags], start_new_session=True, timeout=60,
+        env=os.environ | {'PYTHONPATH': ROOT, 'KILL_AFTER': str(after)}, capture_output=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert 'train.bin' not in os.listdir('data/web')
+
+
+def test_killed_and_continued_is_the_same_and_nothing_is_done_twice(bpe, folder, capsys):
+    documents = make_documents()
+    inner(documents)
+    killed(2, '--input=in', '--num_proc=2')
+    with open('data/web/progress.jsonl', 'ab') as file:
+        file.write(b'{"name": "half a li')
+    files = list(owt.files_in('in'))
+    for path in files[:2]:  # they are not read again
+        write(path, b'x' * os.path.getsize(path))
+    killed(2, '--input=in', '--num_proc=2')
+    assert prepare('--input=in') == reference(documents)
+    assert 'going on after 84 documents' in capsys.readouterr().out  # 4 archives of 21
+
+
+def test_killed_while_the_files_get_their_names(bpe, folder, monkeypatch):
+    documents = make_documents(20)
+    inner(documents)
+    replace = os.replace
+
+    def fail(old, new):
+        if new.endswith('train.bin'):
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare('--input=in')
+    assert 'train.bin' not in os.listdir('data/web') and 'val.bin' in os.listdir('data/web')
+    assert prepare('--input=in') == reference(documents)
+
+
+def test_another_input_is_not_mixed_in(bpe, folder):
+    inner(make_documents())
+    killed(3, '--input=in')
+    with pytest.raises(UserError, match=r'begun with input=in, val_fraction=0.1, .*input=other'):
+        os.mkdir('other')
+        write('other/a.txt', b'a')
+        prepare('--input=other')
+    with pytest.raises(UserError, match='val_fraction=0.2.*progress.jsonl|progress.jsonl.*0.2'):
+        prepare('--input=in', '--val_fraction=0.2')
+    write('in/a.txt', b'a')
+    with pytest.raises(UserError, match='subset00-1_data.xz of .* now has a.txt of 1: .*delete'):
+        prepare('--input=in')
+
+
+def test_the_old_dataset_stays_until_the_new_one_is_whole(bpe, folder):
+    documents = make_documents()
+    inner(documents)
+    write('data/web/train.bin', b'old')
+    write('data/web/test.bin', b'old')
+    with pytest.raises(UserError, match='damaged'):
+        write('in/z_data.xz', b'')
+        prepare('--input=in')
+    assert contents('data/web')['train.bin'] == b'old'
+    os.remove('in/z_data.xz')
+    assert prepare('--input=in') == reference(documents)
+
+
+def spoil(data, how):
+    if how == 'cut':
+        return data[: len(data) // 2]
+    if how == 'flipped':
+        middle = len(data) // 2
+        return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    if how == 'header':  # sound xz, but the tar in it is broken near its end
+        tar = bytearray(lzma.decompress(data))
+        start = tar.rindex(b'ustar') - 257
+        tar[start : start + 3] = b'???'
+        return lzma.compress(bytes(tar))
+    return {'empty': b'', 'no xz': b'<html>', 'no tar': lzma.compress(b'text ' * 300)}[how]
+
+
+@pytest.mark.parametrize('how', ['cut', 'flipped', 'header', 'empty', 'no xz', 'no tar'])
+@pytest.mark.parametrize('large', [False, True])
+def test_a_damaged_archive(bpe, folder, monkeypatch, capsys, how, large):
+    if large:
+        monkeypatch.setattr(owt, 'LARGE', 100)
+        monkeypatch.setattr(owt, 'CHUNK', 2000)
+    documents = make_documents()
+    archives = list(make_archives(documents))
+    archives[2] = (archives[2][0], spoil(archives[2][1], how))
+    write('urlsf_subset00.tar', make_tar(archives))
+    with pytest.raises(UserError, match='subset00-3_data.xz is damaged.*--skip-damaged'):
+        prepare('--input=urlsf_subset00.tar')
+    assert 'train.bin' not in os.listdir('data/web')
+    rest = documents[:42] + documents[63:]  # 21 in each
+    assert prepare('--input=urlsf_subset00.tar', '--skip-damaged') == reference(rest)
+    out = capsys.readouterr().out
+    assert 'subset00-3_data.xz is damaged' in out and '1 archives left out' in out
+
+
+@pytest.mark.parametrize('size', [0.5, 0.7])
+def test_a_tar_that_was_cut(bpe, folder, capsys, size):
+    documents = make_documents()
+    tar = make_tar(make_archives(documents))
+    write('urlsf_subset00.tar', tar[: int(len(tar) * size)])
+    with pytest.raises(UserError, match='urlsf_subset00.tar.* is damaged'):
+        prepare('--input=urlsf_subset00.tar')
+    ids = prepare('--input=urlsf_subset00.tar', '--skip-damaged')
+    wholes = [reference(documents[: 21 * n]) for n in range(1, 6)]
+    assert ids in wholes and 'urlsf_subset00.tar is damaged' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('line', ['{"text": ', '{"txt": "a"}', '{"text": 3}', '[]'])
+def test_lines_that_are_no_documents(bpe, folder, line):
+    write('a.jsonl', b'{"text": "one"}\n\n' + line.encode())
+    with pytest.raises(UserError, match='a.jsonl is damaged'):
+        prepare('--input=a.jsonl')
+    with pytest.raises(UserError, match='no documents'):
+        prepare('--input=a.jsonl', '--skip-damaged')
+
+
+def test_invalid_utf8_is_repaired_and_counted(bpe, folder, capsys):
+    documents = [b'good', b'caf\xe9 \xff', b'\xe2\x80', 'gut für'.encode()]
+    write('a.tar', make_tar(make_archives(documents, 2)))
+    assert prepare('--input=a.tar') == reference(documents)
+    assert '2 repaired' in capsys.readouterr().out
+    write('a.jsonl', b''.join(b'{"text": "%s"}\n' % d for d in documents))
+    assert prepare('--input=a.jsonl') == reference(documents)
+    assert '2 repaired' in capsys.readouterr().out
+    write('a.jsonl', b'{"text": "half \\ud83d a pair \\ud83e\\udd81"}')
+    files = prepare('--input=a.jsonl')
+    text = GPT2Tokenizer().decode(np.frombuffer(files['train.bin'], '<u2')[:-1])
+    assert text == 'half \ufffd\ufffd\ufffd a pair 🦁'
+    assert '1 repaired' in capsys.readouterr().out
+
+
+def test_names_in_archives_are_no_paths(bpe, folder):
+    names = ['../../escape.txt', '/tmp/escape-from-tar.txt', 'a\n\x1b[31m.txt', 'x' * 300 + '.txt']
+    data = io.BytesIO(make_tar([(name, name[:5].encode()) for name in names]))
+    with tarfile.open(fileobj=data, mode='a') as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo('link.txt')
+            member.type, member.linkname = kind, '/etc/passwd'
+            tar.addfile(member)
+    archives = [('../../../escape_data.xz', lzma.compress(data.getvalue())), ('../\n.xz', b'')]
+    write('here/a.tar', make_tar(archives))
+    before = sorted(os.listdir('..')), sorted(os.listdir('.'))
+    expected = reference([name[:5].encode() for name in names])
+    assert prepare('--input=here/a.tar', '--skip-damaged') == expected
+    assert (sorted(os.listdir('..')), sorted([*before[1], 'data'])) == (
+        before[0], sorted(os.listdir('.')))
+    assert not os.path.exists('/tmp/escape-from-tar.txt')
+
+
+def test_errors_are_one_line(bpe, folder):
+    write('a.zip', b'PK')
+    os.mkdir('empty')
+    for flags, kind, words in [
+        (['--input=nowhere'], UsageError, 'input=nowhere does not exist'),
+        (['--input=a.zip'], UsageError, 'a.zip is none of .tar'),
+        (['--input=empty'], UserError, 'empty holds no text'),
+        (['--num_proc=-1'], UsageError, 'num_proc=-1'),
+        (['--val_fraction=1'], UsageError, 'val_fraction=1.0'),
+        (['--dataset=a/b'], UsageError, "dataset='a/b'"),
+        (['--skip_damage'], UsageError, "did you mean 'skip_damaged'"),
+    ]:
+        with pytest.raises(kind, match=words) as raised:
+            owt.main(flags)
+        assert '\n' not in str(raised.value)
+    write('z.jsonl', b'{"text": 1}\n')
+    done = script('prepare_openwebtext.py', '--input=z.jsonl', '--num_proc=1')
+    assert done.returncode == 1 and done.stdout == ''
+    assert re.fullmatch("error: z.jsonl is damaged .no 'text' .*leaves it out\n", done.stderr)
+    assert not os.path.exists('data/openwebtext')
+
+
+def test_a_full_disk_is_one_line_and_continues(bpe, folder, monkeypatch):
+    documents = make_documents()
+    inner(documents)
+    fsync, calls = os.fsync, []
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == 8:
+            raise OSError(28, 'No space left on device')
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', full)
+        with pytest.raises(UserError, match='No space left on device.*the same command goes on'):
+            prepare('--input=in')
+    assert prepare('--input=in') == reference(documents)
+
+
+def test_two_at_once_are_refused(bpe, folder):
+    pytest.importorskip('fcntl')
+    inner(make_documents(20))
+    killed(1, '--input=in')
+    with open('data/web/progress.jsonl', 'ab') as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match='another process writes'):
+            prepare('--input=in')
+
+
+class Answer(io.BytesIO):
+    """What a web server sends: a part of a file, and less of it than it says."""
+
+    def __init__(self, data, start, limit):
+        self.status = 206 if start is not None else 200
+        rest = data[start or 0 :]
+        self.headers = {'Content-Length': str(len(rest))}
+        super().__init__(rest[:limit])
+
+
+class Web:
+    """Stands for the web: serves `files`, at most `limit` bytes at a time."""
+
+    def __init__(self, monkeypatch, files, limit=None, ranges=True):
+        self.files, self.limit, self.ranges = files, limit, ranges
+        self.asked, self.fail = [], set()
+        monkeypatch.setattr(urllib.request.OpenerDirector, 'open', self.open)
+        monkeypatch.setattr(owt.time, 'sleep', lambda seconds: None)
+
+    def open(self, request, timeout):
+        url = request.full_url
+        assert url.startswith(owt.URL) and 0 < timeout <= 60
+        name, start = url.removeprefix(owt.URL), int(request.get_header('Range')[6:-1])
+        self.asked.append((name, start))
+        if name in self.fail:
+            raise urllib.error.URLError('no network here')
+        data = self.files[name]
+        if self.ranges and start >= len(data):
+            headers = {'Content-Range': f'bytes */{len(data)}'}
+            raise urllib.error.HTTPError(url, 416, 'no such range', headers, None)
+        return Answer(data, start if self.ranges else None, self.limit)
+
+
+def published(documents, monkeypatch):
+    """The documents as three published tars."""
+    monkeypatch.setattr(owt, 'SUBSETS', owt.SUBSETS[:3])
+    share = -(-len(documents) // 3)
+    return {
+        name: make_tar(make_archives(documents[i * share : (i + 1) * share], 3, subset=i))
+        for i, name in enumerate(owt.SUBSETS)
+    }
+
+
+def test_the_published_tars_are_downloaded_in_pieces(bpe, folder, monkeypatch):
+    documents = make_documents()
+    web = Web(monkeypatch, published(documents, monkeypatch), limit=20_000)
+    assert len(owt.SUBSETS) == 3 and owt.URL.startswith('https://')
+    assert prepare() == reference(documents)
+    starts = [start for name, start in web.asked if name == owt.SUBSETS[0]]
+    assert starts == list(range(0, len(web.files[owt.SUBSETS[0]]), 20_000))
+    assert json.loads(contents('data/web')['meta.json'])['source'] == owt.URL
+
+
+def test_a_server_that_knows_no_ranges(bpe, folder, monkeypatch):
+    documents = make_documents()
+    web = Web(monkeypatch, published(documents, monkeypatch), ranges=False)
+    write(f'data/web/{owt.SUBSETS[0]}.part', b'what a killed run has left')
+    assert prepare() == reference(documents)
+    assert len(web.asked) == 3
+
+
+def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeypatch, capsys):
+    documents = make_documents()
+    web = Web(monkeypatch, published(documents, monkeypatch))
+    web.fail = {owt.SUBSETS[1]}
+    with pytest.raises(UserError, match='subset01.tar .no network here.*the same command goes on'):
+        prepare()
+    first = web.files[owt.SUBSETS[0]]
+    write(f'data/web/{owt.SUBSETS[1]}.part', web.files[owt.SUBSETS[1]][:5000])
+    write(f'data/web/{owt.SUBSETS[2]}.part', web.files[owt.SUBSETS[2]])  # whole, but for its name
+    web.fail, web.asked = set(), []
+    assert prepare() == reference(documents)
+    assert web.asked == [(owt.SUBSETS[1], 5000), (owt.SUBSETS[2], len(web.files[owt.SUBSETS[2]]))]
+    assert first and 'going on after' in capsys.readouterr().out
+
+
+def test_a_download_leads_to_https_only():
+    request = urllib.request.Request(owt.URL)
+    with pytest.raises(UserError, match='not HTTPS'):
+        owt.HttpsOnly().redirect_request(request, None, 302, '', {}, 'http://example.com/a.tar')
+
+
+def test_progress_where_there_is_no_terminal(bpe, folder, monkeypatch, capsys):
+    monkeypatch.setattr(owt.runtime.Progress, 'due', True)
+    documents = make_documents()
+    inner(documents)
+    prepare('--input=in')
+    lines = capsys.readouterr().out.splitlines()
+    pattern = r'[\d.]+%, [\d.]+ MB/s, [\d:]+ left, [\d,]+ documents, [\d,]+ tokens'
+    assert [line for line in lines if re.fullmatch(pattern, line)]
+    assert '126 documents' in lines[-1] and 'data/web: ' in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('count', [13, 1])  # archives of 2 MB; of 25 MB
+def test_a_gigabyte_takes_constant_memory(bpe, folder, count):
+    archives = list(make_archives(list(bench.make_documents([STORY], 25)), count))
+    with tarfile.open('urlsf_subset00.tar', 'w') as tar:
+        for i in range(40):
+            for name, data in archives:
+                bench.add(tar, f'{i}/{name}', data)
+    _, _, peak = bench.run_script('urlsf_subset00.tar', '.', 1e9, num_proc=2)
+    assert peak['processes'] >= 3 and peak['rss'] < 1000
+    assert 2e8 < json.loads(contents('data/bench')['meta.json'])['tokens']['train'] < 3e8
