@@ -4,8 +4,8 @@
     python bench.py --only=baby                      # the rows with this word in their name
     python bench.py --profile=trace.json --only=baby # a torch profiler trace, for ui.perfetto.dev
 
-Every row runs in a process of its own and calls the functions that the scripts themselves run. Speeds are
-medians; on a shared machine compare only figures of one run.
+Every row runs in a process of its own and calls the functions that the scripts themselves run.
+Speeds are medians; on a shared machine compare only figures of one run.
 """
 
 import contextlib
@@ -55,7 +55,8 @@ TRAINING = {  # name: settings, updates
 }
 TRAINING_CUDA = {
     'train gpt2 124M, T 1024': (
-        GPT2 | dict(dataset='ids', block_size=1024, batch_size=32, gradient_accumulation_steps=1), 200
+        GPT2 | dict(dataset='ids', block_size=1024, batch_size=32, gradient_accumulation_steps=1),
+        200,
     ),
 }
 SAMPLING = {  # name: shape, prompt tokens, new tokens, samples, quantized
@@ -142,7 +143,8 @@ def run_row(function, args, results):
             except runtime.UserError as error:
                 figures = f'not measured: {error}', ''
         os.chdir('/')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == 'darwin' else 1024
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         peak = torch.cuda.max_memory_allocated()
     results.put((*figures, f'{peak / 2**30:.2f} GiB'))
@@ -158,7 +160,8 @@ def main(argv):
     rows |= {name: (bench_sampling, (*row, cfg)) for name, row in SAMPLING.items()}
     rows |= {name: (bench_preparing, (kind, 50 if kind == 'char' else 10))
              for name, kind in PREPARING.items()}
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} cores'
+    name = (torch.cuda.get_device_name(device) if device.type == 'cuda'
+            else f'{os.cpu_count()} cores')
     print(f'torch {torch.__version__}, {device} ({name}), {str(dtype).removeprefix("torch.")}\n')
     print('| work | speed | MFU | peak memory |\n|---|---|---|---|')
     spawn = multiprocessing.get_context('spawn')

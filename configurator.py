@@ -2,9 +2,10 @@
 
     python train.py config/a.py config/b.py --batch_size=32 --compile=false
 
-`override` applies them from left to right onto a dataclass whose fields are the settings. An override
-file is Python: plain assignments, run with the rights of whoever runs it. Names that start with an
-underscore, and modules that it imports, are its own affair; any other name must be a setting.
+`override` applies them from left to right onto a dataclass whose fields are the settings. An
+override file is Python: plain assignments, run with the rights of whoever runs it. Names that
+start with an underscore, and modules that it imports, are its own affair; any other name must be a
+setting.
 """
 
 import difflib
@@ -20,11 +21,12 @@ from runtime import UsageError
 
 
 def override(config, argv, usage=''):
-    """Return a copy of the dataclass `config` with the files and --key=value flags of `argv` applied.
+    """Return a copy of the dataclass `config` with the files and flags of `argv` applied.
 
-    A bare --flag means true. Dashes in a flag's name count as underscores. `--help` prints `usage` and
-    every setting with its default and reason, and exits. Raises UsageError in one sentence for a file
-    that is missing or broken, an unknown name, or a value of the wrong type.
+    A flag is --key=value; a bare --flag means true. Dashes in a flag's name count as underscores.
+    `--help` prints `usage` and every setting with its default and reason, and exits. Raises
+    UsageError in one sentence for a file that is missing or broken, an unknown name, or a value
+    of the wrong type.
     """
     if '--help' in argv or '-h' in argv:
         print(usage.strip() + '\n\n' + describe(config))
@@ -61,7 +63,9 @@ def run_file(path):
     try:
         exec(compile(source, path, 'exec'), names)
     except Exception as error:
-        raise UsageError(f'the config file {path} fails: {type(error).__name__}: {error}') from None
+        raise UsageError(
+            f'the config file {path} fails: {type(error).__name__}: {error}'
+        ) from None
     return {
         name: value
         for name, value in names.items()

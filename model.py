@@ -1,8 +1,8 @@
 """The whole GPT: its sizes, its blocks, its loss, and how it writes.
 
     model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=16))
-    logits, loss = model(idx, targets)                # learn: each position predicts the next token
-    idx = model.generate(idx, max_new_tokens=100)     # write: one token after another
+    logits, loss = model(idx, targets)             # learn: each position predicts the next token
+    idx = model.generate(idx, max_new_tokens=100)  # write: one token after another
 
 `Bigram`, the smallest language model there is, has the same interface: it is what attention has to
 beat. Nothing here knows of flags, datasets or training; see train.py for those.
@@ -111,8 +111,8 @@ class LanguageModel(nn.Module):
 
         The prompt is read once, then each step reads one token and finds the earlier ones in the
         cache. Positions are learned, so a full window can't just slide: its most recent half is
-        read anew, which costs one pass over block_size / 2 tokens every block_size / 2 steps or so. Of a
-        prompt longer than block_size, the end is kept.
+        read anew, which costs one pass over block_size / 2 tokens every block_size / 2 steps or
+        so. Of a prompt longer than block_size, the end is kept.
         """
         if max_new_tokens < 0:
             raise ValueError(f'max_new_tokens is {max_new_tokens}: it cannot be negative')
@@ -348,8 +348,8 @@ class GPT(LanguageModel):
         start = cache[0].length if cache else 0
         if start + T > self.config.block_size:
             raise ValueError(
-                f'{start + T} tokens do not fit the context of block_size={self.config.block_size}:'
-                ' pass the last ones only'
+                f'{start + T} tokens do not fit the context of '
+                f'block_size={self.config.block_size}: pass the last ones only'
             )
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
@@ -388,9 +388,9 @@ class GPT(LanguageModel):
     def from_pretrained(cls, name, dropout=0.0, vocab_size=None):
         """GPT-2's weights from Hugging Face: 'gpt2' ... 'gpt2-xl', or a local folder of that form.
 
-        vocab_size: pad the vocabulary to so many rows; the padding takes no part in the loss. Raises
-        ImportError without the package transformers, ValueError for another architecture, OSError
-        when the weights can't be had.
+        vocab_size: pad the vocabulary to so many rows; the padding takes no part in the loss.
+        Raises ImportError without the package transformers, ValueError for another architecture,
+        OSError when the weights can't be had.
         """
         from transformers import AutoConfig, GPT2LMHeadModel
 
@@ -404,9 +404,9 @@ class GPT(LanguageModel):
             theirs = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32).state_dict()
         except OSError as error:
             raise OSError(
-                f'cannot get the weights of {name!r} ({str(error).splitlines()[0][:100]}): connect '
-                "once, or download config.json and model.safetensors from the model's page on "
-                'Hugging Face into a folder and give that folder instead'
+                f'cannot get the weights of {name!r} ({str(error).splitlines()[0][:100]}): '
+                'connect once, or download config.json and model.safetensors from the '
+                "model's page on Hugging Face into a folder and give that folder instead"
             ) from None
         model = cls(GPTConfig(
             block_size=c.n_positions, vocab_size=vocab_size or c.vocab_size, n_layer=c.n_layer,
@@ -456,7 +456,7 @@ def is_conv1d(key):
 
 
 def is_pretrained(name):
-    """Whether `name` is one for `GPT.from_pretrained`: gpt2 ... gpt2-xl, or a Hugging Face folder."""
+    """Whether `GPT.from_pretrained` takes `name`: gpt2 ... gpt2-xl, or a Hugging Face folder."""
     by_name = name in MODEL_SIZES and name.startswith('gpt2') and not os.path.exists(name)
     return by_name or os.path.exists(os.path.join(name, 'config.json'))
 
@@ -474,8 +474,8 @@ def checkpoint_file(path):
 def load_checkpoint(path, device='cpu'):
     """Read a checkpoint, ours or nanoGPT's, as a dict of tensors and plain types.
 
-    Only those are ever unpickled, so a stranger's file cannot run code. Raises FileNotFoundError or
-    ValueError with a sentence for a file that is missing, damaged or something else.
+    Only those are ever unpickled, so a stranger's file cannot run code. Raises FileNotFoundError
+    or ValueError with a sentence for a file that is missing, damaged or something else.
     """
     path = checkpoint_file(path)
     if not os.path.exists(path):
@@ -488,16 +488,16 @@ def load_checkpoint(path, device='cpu'):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f'{path} was not loaded: it is no checkpoint, or holds more than tensors and plain values '
-            'and might run code; give the .pt file that train.py wrote'
+            f'{path} was not loaded: it is no checkpoint, or holds more than tensors and plain '
+            'values and might run code; give the .pt file that train.py wrote'
         ) from None
     except (RuntimeError, OSError, EOFError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).split('\n')[0][:100]
         raise ValueError(f'{path} is damaged or cut off ({reason}): take an older copy') from None
     for key in ('model', 'model_args'):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
-            raise ValueError(f'{path} is no checkpoint of a GPT: it has no {key!r}; give the .pt file '
-                             'that train.py wrote')
+            raise ValueError(f'{path} is no checkpoint of a GPT: it has no {key!r}; give the '
+                             '.pt file that train.py wrote')
     # Compiled models used to be saved under their wrapper's name.
     weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     # Attention masks were once saved as well: (1, 1, T, T) tensors.
@@ -516,5 +516,7 @@ def build_model(checkpoint, **changes):
         model.load_state_dict(checkpoint['model'])
     except (RuntimeError, TypeError) as error:
         reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'the weights do not fit the model that comes with them: {reason}') from None
+        raise ValueError(
+            f'the weights do not fit the model that comes with them: {reason}'
+        ) from None
     return model

@@ -4,11 +4,11 @@
     python prepare_text.py a.txt b.txt --dataset=ab --tokenizer=gpt2   # GPT-2's byte pairs
     python prepare_text.py folder/ --dataset=mine --test_fraction=0.1  # all its .txt files
 
-Any UTF-8 text. Several files, in the order given or by name within a folder, are joined with a line
-break. The last part of the text becomes the test split, the part before it the val split.
+Any UTF-8 text. Several files, in the order given or by name within a folder, are joined with a
+line break. The last part of the text becomes the test split, the part before it the val split.
 
-A .bin file is a row of little-endian uint16 ids. meta.json has the tokenizer's state, vocab_size, the
-source, the sha256 of its text, and the number of tokens of each split.
+A .bin file is a row of little-endian uint16 ids. meta.json has the tokenizer's state, vocab_size,
+the source, the sha256 of its text, and the number of tokens of each split.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ class TextConfig:
 def read_text(paths):
     """The text of some UTF-8 files and folders of .txt files, as one string.
 
-    A byte-order mark is dropped and line ends become line feeds. Raises UserError for a file that is
-    missing, empty or not UTF-8.
+    A byte-order mark is dropped and line ends become line feeds. Raises UserError for a file that
+    is missing, empty or not UTF-8.
     """
     files = []
     for path in paths:
@@ -76,27 +76,33 @@ def as_text(data, source):
 def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, source=''):
     """Write the dataset `dataset` made of `text`; returns what meta.json says.
 
-    The files appear together or not at all, and the same text gives the same bytes. Raises UserError
-    if there is too little text for its splits or too many characters for 16-bit ids.
+    The files appear together or not at all, and the same text gives the same bytes. Raises
+    UserError if there is too little text for its splits or too many characters for 16-bit ids.
     """
     if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
-        raise UsageError(f'dataset={dataset!r} is no name for a folder in data/: use --dataset=my_text')
+        raise UsageError(
+            f'dataset={dataset!r} is no name for a folder in data/: use --dataset=my_text'
+        )
     if tokenizer not in ('char', 'gpt2'):
         raise UsageError(f'tokenizer={tokenizer!r} is not known: use char or gpt2')
     if not (0 < val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
         raise UsageError(
-            f'val_fraction={val_fraction} and test_fraction={test_fraction} do not leave a part of '
-            'the text to each split: they must be above 0 (test: or 0) and below 1 together'
+            f'val_fraction={val_fraction} and test_fraction={test_fraction} do not leave a part '
+            'of the text to each split: they must be above 0 (test: or 0) and below 1 together'
         )
     began = time.perf_counter()
     val_start = int(len(text) * (1 - val_fraction - test_fraction))
     test_start = int(len(text) * (1 - test_fraction))
-    parts = {'train': text[:val_start], 'val': text[val_start:test_start], 'test': text[test_start:]}
+    parts = {
+        'train': text[:val_start], 'val': text[val_start:test_start], 'test': text[test_start:],
+    }
     if not test_fraction:
         del parts['test']
     for name, part in parts.items():
         if not part:
-            raise UserError(f'{len(text)} characters are too few for a {name} split: take more text')
+            raise UserError(
+                f'{len(text)} characters are too few for a {name} split: take more text'
+            )
     encoder = CharTokenizer.of(text) if tokenizer == 'char' else GPT2Tokenizer()
     progress = Progress(len(text), f'encoding data/{dataset}:')
     ids = {name: encoder.encode(part, progress.advance).astype('<u2')
@@ -133,7 +139,8 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
 def download(url, looks_right, limit=8 << 20, timeout=10):
     """The bytes at an HTTPS address, at most `limit`; waits at most `timeout` seconds at a time.
 
-    looks_right: a function that tells the wanted file from, say, an HTML error page. Raises UserError.
+    looks_right: a function that tells the wanted file from, say, an HTML error page. Raises
+    UserError.
     """
     if not url.startswith('https://'):
         raise UserError(f'{url} is not HTTPS: not fetched')
@@ -143,7 +150,9 @@ def download(url, looks_right, limit=8 << 20, timeout=10):
             data = response.read(limit + 1)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
-        raise UserError(f'cannot fetch {url} ({reason}): give a copy of it with --input=FILE') from None
+        raise UserError(
+            f'cannot fetch {url} ({reason}): give a copy of it with --input=FILE'
+        ) from None
     if len(data) > limit:
         raise UserError(f'{url} is larger than {limit:,} bytes, so it is not the file we know')
     if not looks_right(data):

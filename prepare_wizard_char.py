@@ -1,10 +1,11 @@
 """The Wonderful Wizard of Oz, by characters: 80 % train, 10 % val, 10 % test.
 
-    python prepare_wizard_char.py                # fetches L. Frank Baum's book, Project Gutenberg 55
-    python prepare_wizard_char.py --input=FILE   # takes your copy
+    python prepare_wizard_char.py              # fetches L. Frank Baum's book, Project Gutenberg 55
+    python prepare_wizard_char.py --input=FILE # takes your copy
 
-Without a network it takes data/oz_retold.txt, a retelling in new words that comes with ozGPT: 180,561
-train, 22,570 val and 22,571 test tokens of 67 characters. meta.json says which text it was.
+Without a network it takes data/oz_retold.txt, a retelling in new words that comes with ozGPT:
+180,561 train, 22,570 val and 22,571 test tokens of 67 characters. meta.json says which text it
+was.
 """
 
 import os
@@ -31,7 +32,7 @@ def is_the_book(data):
 
 
 def strip_gutenberg(text):
-    """The book itself: what stands between Project Gutenberg's header and footer, if they are there."""
+    """The book itself: what stands between Project Gutenberg's header and footer, if any."""
     if '*** START OF TH' in text:
         text = text.partition('*** START OF TH')[2].partition('\n')[2]
         text = text.partition('*** END OF TH')[0]
@@ -44,7 +45,8 @@ def main(argv):
     try:
         path = cfg.input or fetch(cfg.dataset, URL, is_the_book)
     except UserError as error:
-        print(f'{str(error).partition(": give")[0]}; going on with the retelling that comes with ozGPT')
+        print(f'{str(error).partition(": give")[0]}; '
+              'going on with the retelling that comes with ozGPT')
         path, source = RETOLD, 'data/oz_retold.txt'
     text = strip_gutenberg(read_text([path]))
     prepare(text, cfg.dataset, cfg.tokenizer, test_fraction=0.1, source=source)

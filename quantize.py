@@ -1,10 +1,10 @@
-"""Weights in 8 bits instead of 32: a quarter of the memory, and as much less to read for each token.
+"""Weights in 8 bits instead of 32: a quarter of the memory, and of the reading for each token.
 
     python sample.py --out_dir=out-wizard-char --quantize=int8
 
 Every row of a matrix is stored as whole numbers from -127 to 127 and one scale, the row's largest
-magnitude over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without the outliers).
-Activations keep their dtype. For writing only: such a model cannot be trained.
+magnitude over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without the
+outliers). Activations keep their dtype. For writing only: such a model cannot be trained.
 """
 
 import torch
@@ -16,7 +16,7 @@ from runtime import UserError
 
 
 class Int8Matrix(nn.Module):
-    """A quantized weight: `rows` (out, in) int8 and `scale` (out,), so that weight = rows * scale."""
+    """A quantized weight, rows * scale: `rows` (out, in) in int8, `scale` (out,)."""
 
     def __init__(self, weight, dtype):
         super().__init__()
@@ -65,7 +65,9 @@ def quantize_int8(model):
     Raises UserError for a model without them, such as the bigram.
     """
     if not isinstance(model, GPT):
-        raise UserError(f'a {type(model).__name__} has no matrices to quantize: leave out --quantize')
+        raise UserError(
+            f'a {type(model).__name__} has no matrices to quantize: leave out --quantize'
+        )
     dtype = model.lm_head.weight.dtype
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -1,7 +1,7 @@
 """The machine room, so that train.py stays the algorithm.
 
-Errors that name their remedy; the device, its precision and its peak; the process group; files that
-appear whole or not at all; signals; the log and the progress line.
+Errors that name their remedy; the device, its precision and its peak; the process group; files
+that appear whole or not at all; signals; the log and the progress line.
 """
 
 import contextlib
@@ -75,7 +75,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f'device={name!r} is no device: use auto, cpu, cuda, cuda:1 or mps') from None
+        raise UsageError(
+            f'device={name!r} is no device: use auto, cpu, cuda, cuda:1 or mps'
+        ) from None
     there = {
         'cpu': 1,
         'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -93,7 +95,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def pick_dtype(name, device):
-    """The torch dtype for the setting `dtype`: 'auto' takes what the hardware multiplies natively."""
+    """The torch dtype for `dtype`: 'auto' takes what the hardware multiplies natively."""
     if name != 'auto' and name not in DTYPES:
         raise UsageError(f'dtype={name!r} is not supported: use auto, {", ".join(DTYPES)}')
     if name == 'float16' and device.type == 'cpu':
@@ -170,7 +172,7 @@ def peak_flops(device, dtype, override=0.0):
 
 
 def compile_or_eager(model, example, amp):
-    """torch.compile(model), tried out on one training batch `example`; the model itself if that fails."""
+    """torch.compile(model), tried out on the training batch `example`; `model` if that fails."""
     try:
         compiled = torch.compile(model)
         with amp:
@@ -178,7 +180,8 @@ def compile_or_eager(model, example, amp):
         loss.backward()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split('\n')[0][:200]
-        print(f'torch.compile failed ({reason}): going on without it; --compile=false says so at once')
+        print(f'torch.compile failed ({reason}): going on without it; '
+              '--compile=false says so at once')
         compiled = model
     model.zero_grad(set_to_none=True)
     return compiled
@@ -230,7 +233,7 @@ class Ranks:
         return self.sum(tensor).div_(self.world_size) if self.world_size > 1 else tensor
 
     def any(self, flag):
-        """Whether `flag` is true on any rank. On the CPU side, so that no GPU has to be waited for."""
+        """Whether `flag` is true on any rank; on the CPU side, so that nobody waits for a GPU."""
         return self.sum(torch.tensor(float(flag))).item() > 0 if self.world_size > 1 else flag
 
 
@@ -241,8 +244,8 @@ class Ranks:
 def atomic_file(path, mode='wb', **kwargs):
     """Open a temporary file beside `path` that takes its place, on disk, when all went well.
 
-    Whatever happens, `path` is the old file or the new one, whole. Raises UserError when the disk is
-    full or the folder can't be written; then nothing is left behind.
+    Whatever happens, `path` is the old file or the new one, whole. Raises UserError when the disk
+    is full or the folder can't be written; then nothing is left behind.
     """
     temporary = f'{path}.tmp'
     try:
@@ -283,8 +286,8 @@ def save(path, checkpoint):
 class StopSignal:
     """After Ctrl-C or SIGTERM, `received` is its number, not 0, and the run may end in good order.
 
-    A second Ctrl-C exits at once; under torchrun, which repeats the one that the terminal has sent to
-    every process already, not within the same second.
+    A second Ctrl-C exits at once; under torchrun, which repeats the one that the terminal has sent
+    to every process already, not within the same second.
     """
 
     def __enter__(self):
@@ -346,7 +349,7 @@ class Progress:
             self.write(line + '\n')
             self.drawn = time.perf_counter()
         if self.live and self.due:
-            room = shutil.get_terminal_size().columns - 1
+            room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
             while len(parts) > 1 and len(', '.join(parts)) > room - 6:
                 parts = parts[:-1]
             text = ', '.join(parts)
@@ -432,7 +435,7 @@ class CsvLog:
 
 
 class Monitor:
-    """What a run tells while it trains: the progress line, log.csv, wandb, and the clock behind them."""
+    """What a training run tells: the progress line, log.csv, wandb, and the clock behind them."""
 
     def __init__(self, cfg, ranks, device, dtype, model, epoch_tokens, start):
         self.cfg, self.device, self.epoch_tokens = cfg, device, epoch_tokens

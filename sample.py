@@ -1,7 +1,7 @@
 """Let a model write.
 
     python sample.py --out_dir=out-wizard-char --start="Dorothy"
-    python sample.py --out_dir=out-wizard-char --start=FILE:prompt.txt --num_samples=1 --temperature=0.5
+    python sample.py --out_dir=out-wizard-char --start=FILE:a.txt --num_samples=1 --temperature=0.5
     echo "The Lion" | python sample.py --out_dir=out-wizard-char --start=-
 
 The samples are written side by side; the first one is shown as it comes.
@@ -24,7 +24,9 @@ from tokenizer import GPT2Tokenizer, tokenizer_from, tokenizer_of
 
 @dataclass
 class SampleConfig:
-    init_from: str = 'resume'  # resume means out_dir; or a checkpoint, its folder, gpt2 ... gpt2-xl
+    init_from: str = (
+        'resume'  # resume means out_dir; or a checkpoint, its folder, gpt2 ... gpt2-xl
+    )
     out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
     start: str = '\n'  # the prompt; FILE:path reads a file, - reads standard input
     num_samples: int = 3  # how many texts
@@ -36,7 +38,9 @@ class SampleConfig:
     seed: int = 1337  # the same seed, the same texts
     device: str = 'auto'  # the best there is of cuda, mps, cpu
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
-    quantize: str = ''  # int8 stores the weights in 8 bits: faster, and a quarter of float32's memory
+    quantize: str = (
+        ''  # int8 stores the weights in 8 bits: faster, and a quarter of float32's memory
+    )
     compile: bool = False  # torch.compile: slow to start, faster for very long texts
 
     def __post_init__(self):
@@ -65,7 +69,7 @@ def load(cfg):
 
 
 def tokenizer_elsewhere(checkpoint, source):
-    """nanoGPT's checkpoints hold no tokenizer: take the dataset's, or GPT-2's where the size is."""
+    """nanoGPT's checkpoints hold no tokenizer: take the dataset's, or GPT-2's if the size is."""
     dataset = checkpoint.get('config', {}).get('dataset', '')
     meta = os.path.join('data', dataset, 'meta.json')
     if os.path.exists(meta):
@@ -73,7 +77,9 @@ def tokenizer_elsewhere(checkpoint, source):
             return json.load(file)['tokenizer']
     if checkpoint['model_args']['vocab_size'] >= GPT2Tokenizer.vocab_size:
         return GPT2Tokenizer().state()
-    raise UserError(f'{source} holds no tokenizer and there is no {meta}: prepare that dataset first')
+    raise UserError(
+        f'{source} holds no tokenizer and there is no {meta}: prepare that dataset first'
+    )
 
 
 def read_prompt(start):
@@ -142,8 +148,8 @@ def main(argv):
             raise UsageError('the prompt is empty: give at least one character with --start=TEXT')
         ids = [tokenizer.eot]
     if len(ids) > model.config.block_size:
-        print(f'the prompt has {len(ids)} tokens; the model reads the last {model.config.block_size}',
-              file=sys.stderr)
+        print(f'the prompt has {len(ids)} tokens; '
+              f'the model reads the last {model.config.block_size}', file=sys.stderr)
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     texts = [Text(prompt, tokenizer.decoder(), cfg.stop) for _ in range(cfg.num_samples)]

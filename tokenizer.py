@@ -4,8 +4,8 @@
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 
-Both kinds have `encode`, `decode`, `vocab_size` and `state`; `tokenizer_from(state)` brings one back
-from the plain dict that datasets (meta.json) and checkpoints carry.
+Both kinds have `encode`, `decode`, `vocab_size` and `state`; `tokenizer_from(state)` brings one
+back from the plain dict that datasets (meta.json) and checkpoints carry.
 """
 
 import codecs
@@ -38,7 +38,7 @@ class CharTokenizer:
         self.chars = chars
         self.vocab_size = len(chars)
         codes = code_points(chars)
-        self.table = np.full(codes.max(initial=0) + 2, -1, np.int32)  # code point to id, -1 if none
+        self.table = np.full(codes.max(initial=0) + 2, -1, np.int32)  # code point to id, or -1
         self.table[codes] = np.arange(len(codes))
 
     @classmethod
@@ -108,8 +108,8 @@ class GPT2Tokenizer:
             return tiktoken.get_encoding('gpt2')
         except Exception as error:
             raise UserError(
-                f'tiktoken cannot get the GPT-2 vocabulary ({type(error).__name__}): connect once, '
-                'or set TIKTOKEN_CACHE_DIR to a folder that has it'
+                f'tiktoken cannot get the GPT-2 vocabulary ({type(error).__name__}): connect '
+                'once, or set TIKTOKEN_CACHE_DIR to a folder that has it'
             ) from None
 
     def encode(self, text, advance=lambda more: None):
@@ -141,7 +141,7 @@ class GPT2Tokenizer:
         return lambda i: utf8.decode(self.bpe.decode_single_token_bytes(int(i)))
 
     def fast(self):
-        """The same for Hugging Face, a tokenizers.Tokenizer, from tiktoken's list of tokens alone."""
+        """The same for Hugging Face, a tokenizers.Tokenizer, from tiktoken's tokens alone."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
         tokens = [self.bpe.decode_single_token_bytes(i) for i in range(self.vocab_size)]
@@ -173,7 +173,7 @@ class GPT2Tokenizer:
 
 
 def tokenizer_of(folder):
-    """The tokenizer of a Hugging Face folder: characters if its vocabulary is such, else GPT-2's."""
+    """A Hugging Face folder's tokenizer: characters if its vocabulary is such, else GPT-2's."""
     path = os.path.join(folder, 'tokenizer.json')
     if os.path.exists(path):
         with open(path, encoding='utf-8') as file:

@@ -117,14 +117,16 @@ class Split:
         self.path, self.vocab_size = path, vocab_size
         size = os.path.getsize(path)
         if size % 2:
-            raise UserError(f'{path} has {size} bytes, an odd number for 16-bit ids: prepare it again')
+            raise UserError(
+                f'{path} has {size} bytes, an odd number for 16-bit ids: prepare it again'
+            )
         self.tokens = size // 2
         self.file = open(path, 'rb', buffering=0)
         if size <= 64 << 20:  # small enough to look at every id now; batches are checked anyway
             self.read(np.array([0]), self.tokens)
 
     def read(self, offsets, length):
-        """The `length` ids from each of `offsets` on: (B,) to (B, length) int64, if all are known."""
+        """`length` ids from each of `offsets` on: (B,) to (B, length) int64, if all are known."""
         rows = np.empty((len(offsets), length), '<u2')
         for row, offset in zip(rows, offsets):
             self.file.seek(2 * int(offset))
@@ -194,7 +196,7 @@ class Dataset:
 
     @staticmethod
     def read_meta(folder):
-        """meta.json; for a dataset of raw GPT-2 ids, which nanoGPT leaves without one, its like."""
+        """meta.json; for a dataset of raw GPT-2 ids, which nanoGPT leaves without it, its like."""
         path = os.path.join(folder, 'meta.json')
         try:
             with open(path, encoding='utf-8') as file:
@@ -204,8 +206,8 @@ class Dataset:
         except FileNotFoundError:
             if os.path.exists(os.path.join(folder, 'meta.pkl')):
                 raise UserError(
-                    f'{folder} has a meta.pkl, a pickle, which could run code and is not read: make '
-                    'a meta.json with python prepare_text.py TEXT --dataset='
+                    f'{folder} has a meta.pkl, a pickle, which could run code and is not read: '
+                    'make a meta.json with python prepare_text.py TEXT --dataset='
                     + os.path.basename(folder)
                 ) from None
             return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
@@ -372,8 +374,8 @@ def refuse_to_resume(cfg, checkpoint, path):
     """Raise ValueError unless `checkpoint` is a state of the run that `cfg` describes."""
     for key in ('optimizer', 'iter_num', 'best_val_loss', 'config'):
         if key not in checkpoint:
-            raise ValueError(f'{path} has weights but no {key!r}, so no run can go on from it: begin '
-                             f'a new one from the weights with --init_from={path}')
+            raise ValueError(f'{path} has weights but no {key!r}, so no run can go on from it: '
+                             f'begin a new one from the weights with --init_from={path}')
     if checkpoint['iter_num'] > cfg.max_iters:
         raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
                          f'max_iters={cfg.max_iters}: give a larger --max_iters')
@@ -387,7 +389,7 @@ def refuse_to_resume(cfg, checkpoint, path):
 
 
 def schedule_note(cfg, was, it):
-    """What becomes of the learning rate, if a run goes on with another schedule than it began with."""
+    """What becomes of the learning rate if a run goes on with another schedule than before."""
     before = replace(cfg, **{name: was.get(name, getattr(cfg, name)) for name in
                              ('learning_rate', 'min_lr', 'max_iters', 'warmup_iters',
                               'lr_decay_iters', 'decay_lr')})
@@ -410,16 +412,18 @@ def adopt_tokenizer(checkpoint, state, path):
     """Fit a checkpoint to the dataset's tokenizer.
 
     Another alphabet is welcome: characters that the model knows keep their rows of the embedding,
-    new ones start like an untrained model's. Raises ValueError where letters would meet byte pairs.
+    new ones start like an untrained model's. Raises ValueError where letters would meet byte
+    pairs.
     """
     theirs = checkpoint.get('tokenizer')
-    if theirs is None:  # nanoGPT's checkpoints keep it elsewhere; ids that don't fit are found later
+    if theirs is None:
+        # nanoGPT's checkpoints keep it elsewhere; ids that don't fit are found later.
         checkpoint['tokenizer'] = {'vocab_size': min(
             state['vocab_size'], checkpoint['model_args']['vocab_size'])}
     elif theirs['type'] != state['type']:
         raise ValueError(
-            f'{path} was trained on {theirs["type"]} tokens, the dataset has {state["type"]} ones: '
-            f'prepare it with --tokenizer={theirs["type"]}'
+            f'{path} was trained on {theirs["type"]} tokens, the dataset has {state["type"]} '
+            f'ones: prepare it with --tokenizer={theirs["type"]}'
         )
     elif theirs != state:
         known = {char: row for row, char in enumerate(theirs['chars'])}
@@ -439,7 +443,8 @@ def adopt_tokenizer(checkpoint, state, path):
 def train(cfg):
     """Train as `cfg` says, to the last evaluation and save; returns the best validation loss.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and ends the process.
+    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and ends the
+    process.
     """
     ranks = Ranks.from_environment()
     micro_steps = share_of_batch(cfg, ranks)
@@ -540,9 +545,9 @@ def train(cfg):
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
             mean_loss = ranks.mean(mean_loss)
-            # One bad batch must not spoil the weights. The fused optimizer leaves an update out where
-            # found_inf is 1, on the device, so that nobody waits for a GPU to ask. On a CPU we can
-            # ask, which spares 2 % of a small model's iteration.
+            # One bad batch must not spoil the weights. The fused optimizer leaves an update out
+            # where found_inf is 1, on the device, so that nobody waits for a GPU to ask. On a CPU
+            # we can ask, which spares 2 % of a small model's iteration.
             bad = ~(norm + mean_loss).isfinite()
             optimizer.found_inf = bad.float() if device.type != 'cpu' or bad else None
             scaler.step(optimizer)
@@ -553,8 +558,9 @@ def train(cfg):
 
             if monitor.trained(it, mean_loss, norm, rate, optimizer) and bad_in_a_row >= 10:
                 raise UserError(
-                    f'loss or gradient were not finite ten times in a row, up to iteration {it} (loss '
-                    f'{mean_loss.item()}): {cfg.out_dir}/ckpt.pt is still good. {REMEDIES}'
+                    'loss or gradient were not finite ten times in a row, up to iteration '
+                    f'{it} (loss {mean_loss.item()}): {cfg.out_dir}/ckpt.pt is still good. '
+                    f'{REMEDIES}'
                 )
 
 

@@ -1,6 +1,7 @@
 # GPT-2 (124M) on OpenWebText, with nanoGPT's hyperparameters: about 0.5 M tokens an update.
 # Made for 8 GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# OpenAI's own weights reach a validation loss of 3.11 on this data, and about 2.85 once fine-tuned on it.
+# OpenAI's own weights reach a validation loss of 3.11 on this data, and about 2.85 once
+# fine-tuned on it.
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'  # first: python prepare_openwebtext.py

@@ -1,5 +1,6 @@
 # GPT-2 medium (350M) on OpenWebText: as config/train_gpt2.py, but for what is set here.
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/train_gpt2_medium.py
+# torchrun --standalone --nproc_per_node=8 train.py \
+#     config/train_gpt2.py config/train_gpt2_medium.py
 # No loss to expect yet: it has not been measured.
 
 out_dir = 'out-gpt2-medium'

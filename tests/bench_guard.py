@@ -1,6 +1,7 @@
 """What the guard against non-finite updates costs, on CPU: python tests/bench_guard.py
 
-The same update with and without the guard's lines, in turn; the median of 60 ratios for each shape.
+The same update with and without the guard's lines, in turn; the median of 60 ratios for each
+shape.
 """
 
 import os
@@ -53,7 +54,8 @@ def main():
             ratios.append(seconds[0] / seconds[1])
         low, middle, high = statistics.quantiles(ratios[1:], n=4)
         print(f'{n_layer} layers x 128, T {block_size}, B {batch_size}: '
-              f'{1e2 * seconds[1]:.1f} ms, with the guard {middle:.4f} of it ({low:.3f} to {high:.3f})')
+              f'{1e2 * seconds[1]:.1f} ms, with the guard {middle:.4f} of it '
+              f'({low:.3f} to {high:.3f})')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What the tests share: a folder to work in, a small dataset, and the scripts as real processes."""
+"""What the tests share: a folder to work in, a small dataset, the scripts as real processes."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny(folder):
-    """A current folder with the dataset `tiny`: the first 20,000 characters of the retold story."""
+    """A current folder with the dataset `tiny`: the first 20,000 characters of the retelling."""
     with open(STORY, encoding='utf-8') as file:
         text = file.read(20_000)
     prepare_text.prepare(text, 'tiny', test_fraction=0.1, source='test')

@@ -45,9 +45,11 @@ def test_bare_flags_dashes_and_none():
 
 
 @pytest.mark.parametrize('argument, words', [
-    ('--bach_size=3', "'batch_size'"), ('--qqqqqq=1', '--help'), ('--batch_size=big', 'whole number'),
-    ('--batch_size=1.5', 'whole number'), ('--learning_rate=fast', 'a number'), ('--batch_size', '='),
-    ('--compile=perhaps', 'true or false'), ('missing.py', 'missing.py'), ('--batch_size=', 'whole'),
+    ('--bach_size=3', "'batch_size'"), ('--qqqqqq=1', '--help'),
+    ('--batch_size=big', 'whole number'), ('--batch_size=1.5', 'whole number'),
+    ('--learning_rate=fast', 'a number'), ('--batch_size', '='),
+    ('--compile=perhaps', 'true or false'), ('missing.py', 'missing.py'),
+    ('--batch_size=', 'whole'),
 ])
 def test_wrong_arguments_are_named(folder, argument, words):
     with pytest.raises(UsageError, match=words) as error:
@@ -75,8 +77,9 @@ out_dir = 'out-x'; eval_interval = 5; log_interval = 1; eval_iters = 40; eval_on
 always_save_checkpoint = False; init_from = 'gpt2-xl'; wandb_log = False; wandb_project = 'owt'
 wandb_run_name = 'ft-' + str(time.time()); dataset = 'shakespeare'
 gradient_accumulation_steps = 5 * 8; batch_size = 1; block_size = 1024; n_layer = 12; n_head = 12
-n_embd = 768; dropout = 0.0; bias = False; learning_rate = 3e-5; max_iters = 20; weight_decay = 1e-1
-beta1 = 0.9; beta2 = 0.95; grad_clip = 1.0; decay_lr = False; warmup_iters = 0; min_lr = 0
+n_embd = 768; dropout = 0.0; bias = False; learning_rate = 3e-5; max_iters = 20
+weight_decay = 1e-1; beta1 = 0.9; beta2 = 0.95; grad_clip = 1.0
+decay_lr = False; warmup_iters = 0; min_lr = 0
 lr_decay_iters = 20; backend = 'nccl'; device = 'cpu'; dtype = 'bfloat16'; compile = False
 ''')
     cfg = settings('theirs.py')
@@ -84,8 +87,8 @@ lr_decay_iters = 20; backend = 'nccl'; device = 'cpu'; dtype = 'bfloat16'; compi
 
 
 def test_nanogpts_sampling_flags_are_known():
-    names = ('init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype '
-             'compile').split()
+    names = ('init_from out_dir start num_samples max_new_tokens temperature top_k seed device '
+             'dtype compile').split()
     assert set(names) <= asdict(SampleConfig()).keys()
 
 

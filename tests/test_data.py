@@ -90,7 +90,8 @@ def test_wizard_without_a_network(folder, monkeypatch, capsys):
 
 BOOK = (
     '\ufeffThe Project Gutenberg eBook\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n'
-    + '“Dorothy’s dog,” she said.\r\n' * 200 + '*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nLicense'
+    + '“Dorothy’s dog,” she said.\r\n' * 200
+    + '*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nLicense'
 )
 
 

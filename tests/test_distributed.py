@@ -16,7 +16,8 @@ RUN = TINY | dict(gradient_accumulation_steps=4, max_iters=20, eval_interval=10)
 
 def losses(folder):
     with open(f'{folder}/log.csv', newline='') as file:
-        return [(float(r['train_loss'] or 0), float(r['val_loss'] or 0)) for r in csv.DictReader(file)]
+        return [(float(r['train_loss'] or 0), float(r['val_loss'] or 0))
+                for r in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize('processes', [2, 4])

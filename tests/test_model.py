@@ -109,7 +109,9 @@ def test_padded_ids_are_never_sampled(cls):
 
 def test_sampling_choices():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    count = lambda **kw: torch.bincount(sample_from(logits, **kw).flatten(), minlength=4)  # noqa: E731
+    def count(**kw):
+        return torch.bincount(sample_from(logits, **kw).flatten(), minlength=4)
+
     torch.manual_seed(0)
     assert torch.allclose(count() / 4000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
     assert torch.allclose(count(top_k=2) / 4000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)

@@ -40,7 +40,8 @@ def test_logits_stay_near(dtype, B, T):
 
 def test_the_loss_of_a_trained_model_stays_within_0_01(tiny):
     cfg = train.TrainConfig(**TINY | dict(
-        max_iters=300, eval_interval=300, eval_iters=0, n_embd=64, batch_size=16, log_interval=100))
+        max_iters=300, eval_interval=300, eval_iters=0, n_embd=64, batch_size=16,
+        log_interval=100))
     train.train(cfg)
     cpu = torch.device('cpu')
     split = train.Dataset(cfg, train.Ranks()).splits['val']

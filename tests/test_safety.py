@@ -86,7 +86,8 @@ def test_ten_in_a_row_stop_the_run(tiny, monkeypatch):
 def test_weights_that_are_not_finite_are_never_saved(tiny):
     """A learning rate so large that one finite gradient is enough."""
     with pytest.raises(UserError, match='weights are not finite'):
-        train.train(TrainConfig(**RUN | dict(learning_rate=1e38, warmup_iters=0, weight_decay=10.0)))
+        train.train(TrainConfig(
+            **RUN | dict(learning_rate=1e38, warmup_iters=0, weight_decay=10.0)))
     for name in ('ckpt.pt', 'best.pt'):
         weights = load_checkpoint(f'out/{name}')['model'].values()
         assert all(w.isfinite().all() for w in weights)
@@ -205,7 +206,8 @@ def test_a_pickled_dataset_is_not_read(tiny):
 
 @pytest.mark.parametrize('url, answer, words', [
     ('http://example.org/x', b'text', 'not HTTPS'),
-    ('https://example.org/x', b'<!DOCTYPE html><title>404</title>', 'did not answer with the text'),
+    ('https://example.org/x', b'<!DOCTYPE html><title>404</title>',
+     'did not answer with the text'),
     ('https://example.org/x', b'text' * 1000, 'larger than'),
     ('https://example.org/x', OSError('timed out'), 'timed out'),
 ])

@@ -65,7 +65,8 @@ def test_what_only_looks_like_a_stop_string_is_shown():
 
 
 def test_stop_in_a_real_run(trained, capsys):
-    sample.main(['--start=T', '--max_new_tokens=200', '--num_samples=2', '--stop= ', '--device=cpu'])
+    sample.main(['--start=T', '--max_new_tokens=200', '--num_samples=2', '--stop= ',
+                 '--device=cpu'])
     for text in capsys.readouterr().out.split('---------------\n'):
         assert ' ' not in text.strip('\n') and len(text) < 200
 

@@ -73,8 +73,9 @@ def test_best_is_really_the_best(tiny, capsys):
     best = load_checkpoint('out/best.pt')
     assert best['iter_num'] == best_at and round(best['best_val_loss'], 4) == best_loss
     data = train.Dataset(cfg, train.Ranks())
+    cpu = torch.device('cpu')
     loss = train.evaluate(build_model(best), data.splits['val'], cfg, train.Ranks(),
-                          torch.device('cpu'), runtime.autocast(torch.device('cpu'), torch.float32))
+                          cpu, runtime.autocast(cpu, torch.float32))
     assert loss == best['best_val_loss']
     assert load_checkpoint('out/ckpt.pt')['iter_num'] == 40
 
@@ -86,8 +87,8 @@ def test_ckpt_follows_the_best_if_asked(tiny, monkeypatch):
     monkeypatch.setattr(train, 'evaluate', lambda *_: next(losses))
     train.train(TrainConfig(**TINY | dict(max_iters=8, eval_interval=2),
                             always_save_checkpoint=False))
-    assert saved == [('out/best.pt', 0), ('out/ckpt.pt', 0), ('out/best.pt', 2), ('out/ckpt.pt', 2),
-                     ('out/ckpt.pt', 8)]
+    assert saved == [('out/best.pt', 0), ('out/ckpt.pt', 0), ('out/best.pt', 2),
+                     ('out/ckpt.pt', 2), ('out/ckpt.pt', 8)]
 
 
 def test_learning_rate_rises_and_falls():

@@ -1,0 +1,128 @@
+"""What the READMEs name is there: files, functions, settings and commands."""
+
+import ast
+import glob
+import os
+import re
+import shlex
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import bench
+import export_hf
+import plot_loss
+import prepare_openwebtext
+import prepare_shakespeare_char
+import prepare_text
+import prepare_wizard_char
+import sample
+import train
+
+CONFIGS = {
+    'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
+    'prepare_text.py': prepare_text.TextConfig, 'plot_loss.py': plot_loss.PlotConfig,
+    'prepare_wizard_char.py': prepare_wizard_char.WizardConfig,
+    'prepare_shakespeare_char.py': prepare_shakespeare_char.ShakespeareConfig,
+    'prepare_openwebtext.py': prepare_openwebtext.OpenWebTextConfig,
+    'export_hf.py': export_hf.ExportConfig,
+}
+READMES = sorted(glob.glob(os.path.join(ROOT, 'README*.md')))
+MADE = ('out', 'data/', 'ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'meta.', 'my.txt', 'train.bin',
+        'val.bin', 'test.bin', 'prompt.txt', 'wizard-hf', 'config.json', 'model.safetensors')
+
+
+def text_of(path):
+    with open(path, encoding='utf-8') as file:
+        return file.read()
+
+
+def code_of(text):
+    """Everything in code blocks and between backquotes."""
+    blocks = re.findall(r'^```\w*\n(.*?)^```', text, re.M | re.S)
+    inline = re.findall(r'`([^`]+)`', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S))
+    return [' '.join(piece.split()) for piece in blocks + inline]
+
+
+def names_in_source():
+    """Every function, class, method and upper-case name of the scripts."""
+    names = set()
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+@pytest.fixture(params=READMES, ids=os.path.basename)
+def readme(request):
+    return text_of(request.param)
+
+
+def test_links_lead_somewhere(readme):
+    for target in re.findall(r'\]\(([^)]+)\)', readme):
+        assert target.startswith('https://') or os.path.exists(os.path.join(ROOT, target)), target
+
+
+def test_files_exist(readme):
+    found = set(re.findall(r'[\w/.-]+\.(?:py|txt|md|ini|csv|json|pt|bin)\b', ' '.join(code_of(readme))))
+    assert 'config/train_wizard_char.py' in found
+    for name in found:
+        if not any(made in name for made in MADE):
+            assert os.path.exists(os.path.join(ROOT, name)), name
+
+
+def test_commands_have_the_flags_they_are_given(readme):
+    seen = 0
+    for code in code_of(readme):
+        for match in re.finditer(r'([\w/]+\.py)((?: +(?!&&|;|#)\S+)*)', code):
+            script, rest = match.groups()
+            if script not in CONFIGS:
+                continue
+            known = {field.name for field in fields(CONFIGS[script])} | {'help'}
+            for flag in re.findall(r'(?<= )--([\w-]+)', rest):
+                assert flag.replace('-', '_') in known, f'{script} --{flag}'
+                seen += 1
+    assert seen > 20
+
+
+def test_flags_by_themselves_exist_somewhere(readme):
+    known = {field.name for config in CONFIGS.values() for field in fields(config)}
+    torchrun = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
+    for code in code_of(readme):
+        if code.startswith('--'):
+            for flag in re.findall(r'(?:^|(?<= ))--([\w-]+)', code):
+                assert flag.replace('-', '_') in known | torchrun | {'help'}, flag
+
+
+def test_functions_and_classes_exist(readme):
+    names = names_in_source()
+    found = {code.removesuffix('()') for code in code_of(readme) if re.fullmatch(
+        r'(?:[A-Z]\w*\.)?(?:[A-Z][A-Za-z]+|[a-z]+_[a-z_]+|[A-Z_]{4,})(?:\(\))?', code)}
+    assert {'CharTokenizer', 'sample_from', 'MODEL_SIZES'} <= found
+    settings = {field.name for config in CONFIGS.values() for field in fields(config)}
+    for name in found - {'TRAINING'}:
+        assert name.split('.')[-1] in names | settings, name
+
+
+def test_the_first_two_commands_stand_alone(readme):
+    blocks = re.findall(r'^```sh\n(.*?)^```', readme, re.M | re.S)
+    assert 'config/train_wizard_char.py' in blocks[0] and 'pytest' in blocks[1]
+    for block in blocks[:2]:
+        words = shlex.split(block)
+        assert words[:4] == ['python3', '-m', 'venv', '.venv'] and 'requirements.txt' in words
+
+
+def test_both_languages_say_the_same():
+    """The same commands, figures and steps in the same order."""
+    pages = [text_of(path) for path in READMES]
+    assert len(pages) == 2
+    blocks = [re.findall(r'^```\w*\n.*?^```', page, re.M | re.S) for page in pages]
+    assert blocks[0] == blocks[1]
+    headings = [len(re.findall(r'^#+ ', page, re.M)) for page in pages]
+    assert headings[0] == headings[1]
+    figures = [sorted(re.findall(r'\d+[.,]\d+', page.replace(',', '.'))) for page in pages]
+    assert figures[0] == figures[1]
