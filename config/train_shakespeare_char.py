@@ -1,4 +1,6 @@
-# Tiny Shakespeare by characters, with nanoGPT's hyperparameters: its "baby GPT".
+# Tiny Shakespeare by characters, with nanoGPT's hyperparameters: its "baby GPT", for a GPU.
+# Its loss is not measured here yet (nanoGPT reports 1.47 in 3 minutes on an A100); on two CPU cores
+# at 8,000 tokens/s it would take three hours. With the README's flags for a CPU: 1.893 in 41 s.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
