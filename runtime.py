@@ -214,7 +214,7 @@ class Ranks:
         if self.world_size == 1:
             yield
             return
-        if backend == 'auto':
+        if backend in ('auto', 'nccl'):  # gloo besides, for what never leaves the CPU
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend)
         try:

@@ -244,6 +244,13 @@ def make_optimizer(model, cfg):
     )
 
 
+def restore(optimizer, state):
+    """Load a saved state: its moments and step counts, under the settings of this run."""
+    for theirs, ours in zip(state['param_groups'], optimizer.param_groups):
+        theirs.update({name: value for name, value in ours.items() if name != 'params'})
+    optimizer.load_state_dict(state)
+
+
 def share_of_batch(cfg, ranks):
     """How many of the micro-batches of an update fall to each process."""
     total, world_size = cfg.gradient_accumulation_steps, ranks.world_size
@@ -417,9 +424,13 @@ def adopt_tokenizer(checkpoint, state, path):
     """
     theirs = checkpoint.get('tokenizer')
     if theirs is None:
-        # nanoGPT's checkpoints keep it elsewhere; ids that don't fit are found later.
-        checkpoint['tokenizer'] = {'vocab_size': min(
-            state['vocab_size'], checkpoint['model_args']['vocab_size'])}
+        # nanoGPT's checkpoints keep it elsewhere: all that can be asked is whether the ids fit.
+        if state['vocab_size'] > checkpoint['model_args']['vocab_size']:
+            raise ValueError(
+                f'{path} knows {checkpoint["model_args"]["vocab_size"]} tokens, the dataset has '
+                f'{state["vocab_size"]}: choose the dataset that it was trained on'
+            )
+        checkpoint['tokenizer'] = state
     elif theirs['type'] != state['type']:
         raise ValueError(
             f'{path} was trained on {theirs["type"]} tokens, the dataset has {state["type"]} '
@@ -437,7 +448,6 @@ def adopt_tokenizer(checkpoint, state, path):
         checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
         checkpoint['model_args']['vocab_size'] = state['vocab_size']
         checkpoint['tokenizer'] = state
-
 
 
 def train(cfg):
@@ -463,7 +473,7 @@ def train(cfg):
         start, best_val_loss, note = 0, math.inf, ''
         if checkpoint:
             start, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-            optimizer.load_state_dict(checkpoint['optimizer'])
+            restore(optimizer, checkpoint['optimizer'])
             if 'scaler' in checkpoint:
                 scaler.load_state_dict(checkpoint['scaler'])
             note = schedule_note(cfg, checkpoint['config'], start)

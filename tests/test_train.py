@@ -233,6 +233,8 @@ def test_a_nanogpt_checkpoint_is_resumed_and_sampled(tiny, capsys):
     theirs['model'] = {f'_orig_mod.{key}': value for key, value in ours['model'].items()}
     theirs['best_val_loss'] = torch.tensor(ours['best_val_loss'])
     theirs['config'] = {'dataset': 'tiny', 'batch_size': 4}
+    for group in theirs['optimizer']['param_groups']:
+        group['fused'] = None  # as theirs is on a CPU
     os.remove('out/best.pt')
     torch.save(theirs, 'out/ckpt.pt')
     assert script('sample.py', '--max_new_tokens=5', '--start=T').returncode == 0
@@ -254,3 +256,18 @@ def test_wandb_gets_the_same_figures(tiny, monkeypatch):
     train.train(TrainConfig(**TINY, wandb_log=True))
     assert [step for step, _ in logged] == list(range(7))
     assert logged[3][1]['val_loss'] == float(rows()[3]['val_loss'])
+
+
+def test_a_nanogpt_checkpoint_of_fewer_tokens_is_refused(tiny, capsys):
+    checkpoint = {'model': {}, 'model_args': {'vocab_size': 65}, 'config': {}}
+    with pytest.raises(ValueError, match='knows 65 tokens, the dataset has 50257'):
+        train.adopt_tokenizer(checkpoint, {'type': 'gpt2', 'vocab_size': 50257}, 'x.pt')
+
+
+def test_a_resumed_run_takes_the_settings_it_is_given(tiny):
+    """The optimizer's moments come from the checkpoint, its settings from the command."""
+    train.train(TrainConfig(**TINY))
+    train.train(TrainConfig(**TINY | dict(max_iters=8, init_from='resume'), weight_decay=0.7))
+    groups = load_checkpoint('out/ckpt.pt')['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0.7, 0.0]
+    assert all(group['fused'] for group in groups)
