@@ -39,10 +39,11 @@ def text_of(path):
 
 
 def code_of(text):
-    """Everything in code blocks and between backquotes."""
-    blocks = re.findall(r'^```\w*\n(.*?)^```', text, re.M | re.S)
+    """Every line of the code blocks, and everything between backquotes."""
+    blocks = ''.join(re.findall(r'^```\w*\n(.*?)^```', text, re.M | re.S))
+    lines = re.sub(r'\\\n|&&\n', ' ', blocks).split('\n')
     inline = re.findall(r'`([^`]+)`', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S))
-    return [' '.join(piece.split()) for piece in blocks + inline]
+    return [' '.join(piece.split()) for piece in lines + inline]
 
 
 def names_in_source():
@@ -68,7 +69,8 @@ def test_links_lead_somewhere(readme):
 
 
 def test_files_exist(readme):
-    found = set(re.findall(r'[\w/.-]+\.(?:py|txt|md|ini|csv|json|pt|bin)\b', ' '.join(code_of(readme))))
+    pattern = r'(?<!\S)[\w/.-]+\.(?:py|txt|md|ini|csv|json|pt|bin)(?![\w.])'
+    found = {name for code in code_of(readme) for name in re.findall(pattern, code)}
     assert 'config/train_wizard_char.py' in found
     for name in found:
         if not any(made in name for made in MADE):

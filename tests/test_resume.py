@@ -107,7 +107,8 @@ def test_rows_after_the_checkpoint_are_written_once(tiny, monkeypatch):
     assert_same_run('out', 'whole')
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', [
+    'float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_two_processes_resume_exactly(tiny, dtype):
     run = RUN | dict(max_iters=8, gradient_accumulation_steps=4, dtype=dtype)
     for settings in (dict(out_dir='whole'), dict(max_iters=5, lr_decay_iters=8),
