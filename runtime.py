@@ -219,7 +219,6 @@ class Ranks:
         dist.init_process_group(backend)
         try:
             yield
-            self.any(False)  # nobody hangs up while others still talk
         finally:
             dist.destroy_process_group()
 

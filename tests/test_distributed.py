@@ -59,7 +59,10 @@ def two_nodes(arguments):
         )
         for rank in range(2)
     ]
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=60) for node in nodes]
+    except subprocess.TimeoutExpired:  # the two did not find each other
+        outputs = [(node.kill(), node.communicate())[1] for node in nodes]
     return [node.returncode for node in nodes], outputs
 
 
