@@ -648,18 +648,18 @@ def shown(name):
 class Pace:
     """The progress line."""
 
-    def __init__(self, progress, counts):
-        self.progress, self.bytes = progress, counts['bytes']
-        self.began = time.monotonic()
-        self.first = None  # share of the input that was done before
+    def __init__(self, progress):
+        self.progress, self.first = progress, None
 
     def show(self, counts, share):
-        if self.first is None:
-            self.first = share
-        if self.progress.due:
-            seconds = time.monotonic() - self.began
-            rate = (counts['bytes'] - self.bytes) / 1e6 / seconds
-            left = seconds * (1 - share) / max(1e-9, share - self.first)
+        """Show it if it is time to. share: of the input that was read."""
+        if self.first is None:  # from here on, without the start-up, the speed is measured
+            self.first = share, counts['bytes'], time.monotonic()
+        first, size, began = self.first
+        if share > first and self.progress.due:
+            seconds = time.monotonic() - began
+            rate = (counts['bytes'] - size) / 1e6 / seconds
+            left = seconds * (1 - share) / (share - first)
             parts = [
                 f'{share:.1%}', f'{rate:.1f} MB/s', f'{runtime.clock(left)} left',
                 f'{counts["documents"]:,} documents',
@@ -674,7 +674,6 @@ def prepare(cfg):
     folder = os.path.join('data', cfg.dataset)
     workers = cfg.num_proc or min(8, os.cpu_count() or 1)
     source = cfg.input or URL
-    GPT2Tokenizer().bpe  # get tiktoken's files before all workers do, and complain once
     progress = runtime.Progress(1.0)
     spawn = multiprocessing.get_context('spawn')
     begun_with = {'input': source, 'val_fraction': cfg.val_fraction}
@@ -682,7 +681,7 @@ def prepare(cfg):
         contextlib.closing(Output(folder, begun_with)) as output,
         ProcessPoolExecutor(workers, spawn, start_worker) as pool,
     ):
-        pace = Pace(progress, output.counts)
+        pace = Pace(progress)
         if output.counts['documents']:
             progress.say(f'going on after {output.counts["documents"]:,} documents that are done')
         if cfg.input:
@@ -695,6 +694,7 @@ def prepare(cfg):
             for _ in range(workers):
                 pool.submit(int)
             signal.signal(signal.SIGINT, handler)
+            GPT2Tokenizer().bpe  # so that one process gets tiktoken's files, and may complain
             damaged = None
             for archive, future, share in in_order(
                 tasks(pool, archives, output, cfg.val_fraction), 4 * workers

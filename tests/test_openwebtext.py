@@ -217,13 +217,14 @@ def test_the_split_depends_on_the_text_alone(bpe, folder):
     assert sorted(val['a'] * 2) == sorted(val['b'])
 
 
-# Runs the script, and kills it and all its workers when `KILL_AFTER` archives are finished.
+# The script, but its process group gets a signal when some archives are finished.
 KILLED = """
-import os, signal, sys
+import os
 import prepare_openwebtext as owt
+import runtime
 
 class Output(owt.Output):
-    left = int(os.environ['KILL_AFTER'])
+    left, number = map(int, os.environ['AFTER_AND_SIGNAL'].split())
 
     def finish(self, archive):
         super().finish(archive)
@@ -231,23 +232,25 @@ class Output(owt.Output):
         if not self.left:
             self.files['train'].write(b'half an archive')
             self.files['train'].flush()
-            os.killpg(0, signal.SIGKILL)
+            os.killpg(0, self.number)
 
 if __name__ == '__main__':
     owt.Output = Output
-    owt.main(sys.argv[1:])
+    runtime.run(owt.main)
 """
 
 
-def killed(after, *flags):
-    """Run until `after` archives are finished, then kill -9 the process group."""
+def killed(after, *flags, number=signal.SIGKILL, code=-signal.SIGKILL):
+    """Run until `after` archives are finished, then kill the process group; returns the output."""
     write('killed.py', KILLED.encode())
     process = subprocess.run(
         [sys.executable, 'killed.py', *SETTINGS, *flags], start_new_session=True, timeout=60,
-        env=os.environ | {'PYTHONPATH': ROOT, 'KILL_AFTER': str(after)}, capture_output=True,
+        env=os.environ | {'PYTHONPATH': ROOT, 'AFTER_AND_SIGNAL': f'{after} {number:d}'},
+        capture_output=True, encoding='utf-8',
     )
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert process.returncode == code, process.stderr
     assert 'train.bin' not in os.listdir('data/web')
+    return process.stdout, process.stderr
 
 
 def test_killed_and_continued_is_the_same_and_nothing_is_done_twice(bpe, folder, capsys):
@@ -262,6 +265,14 @@ def test_killed_and_continued_is_the_same_and_nothing_is_done_twice(bpe, folder,
     killed(2, '--input=in', '--num_proc=2')
     assert prepare('--input=in') == reference(documents)
     assert 'going on after 84 documents' in capsys.readouterr().out  # 4 archives of 21
+
+
+def test_ctrl_c_stops_in_good_order(bpe, folder):
+    documents = make_documents()
+    inner(documents)
+    out, err = killed(2, '--input=in', '--num_proc=2', number=signal.SIGINT, code=130)
+    assert 'stopped: the same command goes on' in out and err == ''
+    assert prepare('--input=in') == reference(documents)
 
 
 def test_killed_while_the_files_get_their_names(bpe, folder, monkeypatch):
@@ -550,6 +561,6 @@ def test_a_gigabyte_takes_constant_memory(bpe, folder, count):
         for i in range(40):
             for name, data in archives:
                 bench.add(tar, f'{i}/{name}', data)
-    _, _, peak = bench.run_script('urlsf_subset00.tar', '.', 1e9, num_proc=2)
+    _, _, peak = bench.run_script('urlsf_subset00.tar', '.', num_proc=2)
     assert peak['processes'] >= 3 and peak['rss'] < 1000
     assert 2e8 < json.loads(contents('data/bench')['meta.json'])['tokens']['train'] < 3e8
