@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import console
 import prepare_text
 import runtime
 from configurator import override
@@ -140,7 +141,7 @@ def run_row(function, args, results):
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
             try:
                 figures = function(*args)
-            except runtime.UserError as error:
+            except console.UserError as error:
                 figures = f'not measured: {error}', ''
         os.chdir('/')
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -172,9 +173,9 @@ def main(argv):
             process.start()
             process.join()
             if process.exitcode:
-                raise runtime.UserError(f'{name!r} failed: its message is above')
+                raise console.UserError(f'{name!r} failed: its message is above')
             print('| ' + ' | '.join((name, *results.get())) + ' |', flush=True)
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

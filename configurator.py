@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from types import ModuleType
 from typing import get_args, get_type_hints
 
-from runtime import UsageError
+from console import UsageError
 
 
 def override(config, argv, usage=''):

@@ -10,9 +10,9 @@ import os
 import shutil
 from dataclasses import dataclass
 
-import runtime
+import console
 from configurator import override
-from runtime import UsageError
+from console import UsageError
 from sample import SampleConfig, load
 
 
@@ -29,11 +29,11 @@ def main(argv):
     model, tokenizer = load(SampleConfig(out_dir=cfg.out_dir))
     unfinished = f'{cfg.to}.tmp'
     shutil.rmtree(unfinished, ignore_errors=True)
-    with runtime.blame_user():
+    with console.blame_user():
         model.save_pretrained(unfinished, tokenizer)
         os.rename(unfinished, cfg.to)
     print(f'{cfg.to}: {", ".join(sorted(os.listdir(cfg.to)))}')
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

@@ -14,9 +14,9 @@ from itertools import cycle
 
 import numpy as np
 
-import runtime
+import console
 from configurator import override
-from runtime import UsageError, UserError, atomic_file, blame_user
+from console import UsageError, UserError, atomic_file, blame_user
 
 COLUMNS = 'iteration tokens seconds train_loss val_loss learning_rate'.split()
 # Runs differ in color, brightness, dashes and markers, so that print and every eye can tell them
@@ -146,4 +146,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

@@ -45,14 +45,12 @@ from operator import attrgetter
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
-import tiktoken
 
-if multiprocessing.current_process().name == 'MainProcess':  # workers do without these and torch
-    import runtime
-    from configurator import override
-    from prepare_text import HttpsOnly
-    from runtime import UsageError, UserError, atomic_file
-    from tokenizer import GPT2Tokenizer
+import console
+from configurator import override
+from console import UsageError, UserError, atomic_file
+from prepare_text import HttpsOnly, check_name
+from tokenizer import GPT2Tokenizer
 
 URL = 'https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/'
 SUBSETS = [f'urlsf_subset{i:02}.tar' for i in range(21)]
@@ -148,17 +146,7 @@ def parquet_documents(file):
 
 # --- from documents to ids: what the workers do
 
-# In white space before a word, the last character is a piece by itself or begins the word; what is
-# before it is one piece. tiktoken finds that by looking ahead, which takes a regex engine of half
-# the speed. It matters only in runs of three or more: we cut those out, but for their last
-# character, and so get the same pieces without looking ahead.
-PLAIN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
-SPACE = r'[^\S\x1c-\x1f]'  # Python's white space but for what only Python calls so
-LONG_SPACE = re.compile(f'({SPACE}{SPACE}+)(?={SPACE})')
-# Most texts have no such run, which is quicker to see with these than with a regex.
-TO_SPACES = bytes.maketrans(b'\t\n\v\f\r', b'     ')
-RARE_SPACE = re.findall(r'[^\S\x00-\x7f]', ''.join(map(chr, range(0x3001))))
-END = np.array([50256], '<u2').tobytes()
+END = np.array([GPT2Tokenizer.eot], '<u2').tobytes()
 
 DOCUMENTS = {
     'xz': lambda data: xz_documents(io.BytesIO(data)),
@@ -169,26 +157,9 @@ DOCUMENTS = {
 
 
 @cache
-def encodings():
-    """GPT-2's encoding with PLAIN, and as tiktoken has it."""
-    gpt2 = tiktoken.get_encoding('gpt2')
-    plain = tiktoken.Encoding(
-        'plain', pat_str=PLAIN, mergeable_ranks=gpt2._mergeable_ranks,
-        special_tokens=gpt2._special_tokens,
-    )
-    return plain, gpt2
-
-
-def encode(text):
-    """The ids, exactly tiktoken's, of a text that does not end in white space; as bytes."""
-    parts = [text]
-    if b'   ' in text.encode().translate(TO_SPACES) or any(c in text for c in RARE_SPACE):
-        parts = LONG_SPACE.split(text)  # by turns for the one encoding and the other
-    ids = [
-        encoding.encode_to_numpy(part, disallowed_special=())
-        for encoding, part in zip(itertools.cycle(encodings()), parts)
-    ]
-    return np.concatenate(ids).astype('<u2').tobytes()
+def tokenizer():
+    """One for each process: to load it takes a second."""
+    return GPT2Tokenizer()
 
 
 def clean(text):
@@ -219,7 +190,7 @@ def tokenize(kind, data, val_fraction):
         text = clean(text)
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
         ids = part.val if place < val_fraction else part.train
-        ids += encode(text) + END
+        ids += tokenizer().encode(text).astype('<u2').tobytes() + END
         part.documents += 1
         part.bytes += len(document)
     return part
@@ -570,10 +541,9 @@ class Output:
             with open(self.part(split), 'rb') as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        tokenizer = GPT2Tokenizer()
         meta = {
-            'tokenizer': tokenizer.state(),
-            'vocab_size': tokenizer.vocab_size,
+            'tokenizer': tokenizer().state(),
+            'vocab_size': tokenizer().vocab_size,
             'source': source,
             'sha256': digest.hexdigest(),
             'tokens': {split: self.counts[split] for split in self.files},
@@ -661,7 +631,7 @@ class Pace:
             rate = (counts['bytes'] - size) / 1e6 / seconds
             left = seconds * (1 - share) / (share - first)
             parts = [
-                f'{share:.1%}', f'{rate:.1f} MB/s', f'{runtime.clock(left)} left',
+                f'{share:.1%}', f'{rate:.1f} MB/s', f'{console.clock(left)} left',
                 f'{counts["documents"]:,} documents',
                 f'{counts["train"] + counts["val"]:,} tokens',
             ]
@@ -674,7 +644,7 @@ def prepare(cfg):
     folder = os.path.join('data', cfg.dataset)
     workers = cfg.num_proc or min(8, os.cpu_count() or 1)
     source = cfg.input or URL
-    progress = runtime.Progress(1.0)
+    progress = console.Progress(1.0)
     spawn = multiprocessing.get_context('spawn')
     begun_with = {'input': source, 'val_fraction': cfg.val_fraction}
     with (
@@ -694,7 +664,7 @@ def prepare(cfg):
             for _ in range(workers):
                 pool.submit(int)
             signal.signal(signal.SIGINT, handler)
-            GPT2Tokenizer().bpe  # so that one process gets tiktoken's files, and may complain
+            tokenizer().bpe  # so that one process gets tiktoken's files, and may complain
             damaged = None
             for archive, future, share in in_order(
                 tasks(pool, archives, output, cfg.val_fraction), 4 * workers
@@ -726,10 +696,11 @@ def prepare(cfg):
             raise UserError(f'{source} has no documents: see --help for what can be in it')
         meta = output.publish(source)
     tokens = ', '.join(f'{count:,} {split}' for split, count in meta['tokens'].items())
+    seconds = time.monotonic() - began
     progress.say(
         f'{folder}: {tokens} tokens, {meta["vocab_size"]:,} ids, from {source}: '
         f'{counts["documents"]:,} documents ({counts["repaired"]:,} repaired, '
-        f'{counts["damaged"]:,} archives left out) in {runtime.clock(time.monotonic() - began)}'
+        f'{counts["damaged"]:,} archives left out) in {console.clock(seconds)}'
     )
     if not counts['val']:
         print('no document is for validation: so few need a larger --val_fraction')
@@ -738,9 +709,7 @@ def prepare(cfg):
 
 def main(argv):
     cfg = override(OpenWebTextConfig(), argv, usage=__doc__)
-    name = cfg.dataset
-    if not name or name != os.path.basename(name) or name.startswith('.'):
-        raise UsageError(f'dataset={name!r} is no name for a folder: use --dataset=my_web')
+    check_name(cfg.dataset)
     if not 0 <= cfg.val_fraction < 1:
         raise UsageError(f'val_fraction={cfg.val_fraction} is no share: use 0 or more, below 1')
     if cfg.input and not os.path.exists(cfg.input):
@@ -757,11 +726,12 @@ def main(argv):
             '--num_proc takes less'
         ) from None
     except OSError as error:
+        where = error.filename or f'data/{cfg.dataset}'
         raise UserError(
-            f'cannot go on with {error.filename or "data/" + name} ({error.strerror}): mend that, '
-            'and the same command goes on from here'
+            f'cannot go on with {where} ({error.strerror}): mend that, and the same command goes '
+            'on from here'
         ) from None
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

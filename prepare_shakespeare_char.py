@@ -8,7 +8,7 @@ Gives 1,003,854 train and 111,540 val tokens of 65 characters in data/shakespear
 
 from dataclasses import dataclass
 
-import runtime
+import console
 from configurator import override
 from prepare_text import fetch, prepare, read_text
 
@@ -33,4 +33,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

@@ -20,9 +20,9 @@ import time
 import urllib.request
 from dataclasses import dataclass
 
-import runtime
+import console
 from configurator import override
-from runtime import Progress, UsageError, UserError, atomic_file
+from console import Progress, UsageError, UserError, atomic_file
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 
@@ -73,16 +73,21 @@ def as_text(data, source):
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
+def check_name(dataset):
+    """Raise UsageError unless data/<dataset> is a folder in data/."""
+    if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
+        raise UsageError(
+            f'dataset={dataset!r} is no name for a folder in data/: use --dataset=my_text'
+        )
+
+
 def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, source=''):
     """Write the dataset `dataset` made of `text`; returns what meta.json says.
 
     The files appear together or not at all, and the same text gives the same bytes. Raises
     UserError if there is too little text for its splits or too many characters for 16-bit ids.
     """
-    if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
-        raise UsageError(
-            f'dataset={dataset!r} is no name for a folder in data/: use --dataset=my_text'
-        )
+    check_name(dataset)
     if tokenizer not in ('char', 'gpt2'):
         raise UsageError(f'tokenizer={tokenizer!r} is not known: use char or gpt2')
     if not (0 < val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
@@ -181,4 +186,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

@@ -11,10 +11,10 @@ was.
 import os
 from dataclasses import dataclass
 
-import runtime
+import console
 from configurator import override
+from console import UserError
 from prepare_text import fetch, prepare, read_text
-from runtime import UserError
 
 URL = 'https://www.gutenberg.org/cache/epub/55/pg55.txt'
 RETOLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')
@@ -53,4 +53,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

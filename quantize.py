@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from console import UserError
 from model import GPT
-from runtime import UserError
 
 
 class Int8Matrix(nn.Module):

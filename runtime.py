@@ -1,7 +1,7 @@
 """The machine room, so that train.py stays the algorithm.
 
-Errors that name their remedy; the device, its precision and its peak; the process group; files
-that appear whole or not at all; signals; the log and the progress line.
+The device, its precision and its peak; the process group; checkpoints on disk; signals; the log
+of a run and what it tells.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import ctypes
 import gc
 import importlib.util
 import os
-import shutil
 import signal
 import sys
 import time
@@ -19,49 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-
-class UserError(Exception):
-    """Something that the user can mend: one line saying what is wrong, the value, the remedy."""
-
-    exit_code = 1
-
-
-class UsageError(UserError):
-    """A wrong flag or setting."""
-
-    exit_code = 2
-
-
-def run(main):
-    """Call a script's `main(argv)`: UTF-8 output everywhere, one line for what a user can mend."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding='utf-8', errors='replace')
-    try:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        finally:
-            if Progress.shown:  # what is said now begins below it
-                print(flush=True)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        mute(sys.stdout)
-        sys.exit(0)
-
-
-@contextlib.contextmanager
-def blame_user():
-    """Inside, a ValueError, OSError or ImportError comes from what the user gave us."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f'{error}: pip install {error.name}') from None
-    except (ValueError, OSError) as error:
-        raise UserError(' '.join(str(error).split())) from None
-
+from console import Progress, UsageError, UserError, atomic_file, blame_user, clock
 
 # --- device and precision
 
@@ -237,38 +194,7 @@ class Ranks:
         return self.sum(torch.tensor(float(flag))).item() > 0 if self.world_size > 1 else flag
 
 
-# --- files
-
-
-@contextlib.contextmanager
-def atomic_file(path, mode='wb', **kwargs):
-    """Open a temporary file beside `path` that takes its place, on disk, when all went well.
-
-    Whatever happens, `path` is the old file or the new one, whole. Raises UserError when the disk
-    is full or the folder can't be written; then nothing is left behind.
-    """
-    temporary = f'{path}.tmp'
-    try:
-        try:
-            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            with open(temporary, mode, **kwargs) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
-        if os.name == 'posix':  # the rename is on disk when the folder is
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        raise UserError(
-            f'cannot write {path} ({error.strerror}): free some space or choose another folder; '
-            'what was there before is untouched'
-        ) from error
+# --- files and signals
 
 
 def save(path, checkpoint):
@@ -278,9 +204,6 @@ def save(path, checkpoint):
             torch.save(checkpoint, file)
         except RuntimeError as error:  # how torch reports that the file took no more bytes
             raise OSError(28, str(error).split('\n')[0]) from error
-
-
-# --- signals
 
 
 class StopSignal:
@@ -311,84 +234,10 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-# --- the terminal
+# --- what a run tells
 
 # Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
 UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\ufffd')
-
-
-class Progress:
-    """One live line at the bottom of a terminal; plain lines in a file, a pipe or a dumb terminal.
-
-    It has no colors, so there is nothing that NO_COLOR would have to turn off.
-    """
-
-    shown = False  # whether there is a live line on the screen, the only one we have
-
-    def __init__(self, total, what='', stream=None, enabled=True):
-        self.total, self.what, self.done = total, what, 0
-        self.stream = stream or sys.stdout
-        self.enabled = enabled
-        self.live = enabled and self.stream.isatty() and os.environ.get('TERM') != 'dumb'
-        self.began = self.drawn = time.perf_counter()
-
-    @property
-    def due(self):
-        """Whether it is time to show something new: to an eye, or in a file that will be read."""
-        return time.perf_counter() - self.drawn > (0.1 if self.live else 10)
-
-    def say(self, text=''):
-        """Print lines that stay."""
-        if self.enabled:
-            self.write(('\r\x1b[K' if Progress.shown else '') + text + '\n')
-            Progress.shown = False
-
-    def update(self, done, parts, line=''):
-        """Show how far we are: a bar and the first `parts` that fit; in a file, `line`."""
-        if self.enabled and not self.live and line:
-            self.write(line + '\n')
-            self.drawn = time.perf_counter()
-        if self.live and self.due:
-            room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
-            while len(parts) > 1 and len(', '.join(parts)) > room - 6:
-                parts = parts[:-1]
-            text = ', '.join(parts)
-            cells = max(0, min(20, room - len(text) - 1))
-            full = round(cells * done / max(1, self.total))
-            text = ('━' * full + '╌' * (cells - full) + ' ' + text).strip()
-            self.write('\r' + text[:room] + '\x1b[K')
-            self.drawn = time.perf_counter()
-            Progress.shown = True
-
-    def advance(self, more):
-        """`more` of the total is done, in a job that has nothing to tell but how long it takes."""
-        self.done += more
-        if self.due:
-            left = (time.perf_counter() - self.began) * (self.total / self.done - 1)
-            parts = [f'{self.what} {self.done / self.total:.0%}', f'{clock(left)} left']
-            self.update(self.done, parts, line=', '.join(parts))
-
-    def write(self, text):
-        """A terminal that went away, or a pipe that was closed, is no reason to stop training."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            self.enabled = self.live = False
-            mute(self.stream)
-
-
-def mute(stream):
-    """Let whatever is still written to `stream` go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def clock(seconds):
-    """1:02:03 or 4:05, to read."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
 
 LOG_COLUMNS = (
     'iteration tokens epochs train_loss train_eval_loss val_loss learning_rate grad_norm skipped '

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+import console
 import runtime
 from configurator import override
+from console import UsageError, UserError
 from model import GPT, build_model, is_pretrained, load_checkpoint
 from quantize import quantize_int8
-from runtime import UsageError, UserError
 from tokenizer import GPT2Tokenizer, tokenizer_from, tokenizer_of
 
 
@@ -59,7 +60,7 @@ class SampleConfig:
 def load(cfg):
     """The model and the tokenizer that `cfg` asks for."""
     source = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-    with runtime.blame_user():
+    with console.blame_user():
         if is_pretrained(source):
             return GPT.from_pretrained(source), tokenizer_of(source)
         checkpoint = load_checkpoint(source)
@@ -169,4 +170,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

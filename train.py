@@ -21,13 +21,21 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import console
 import runtime
 from configurator import override
+from console import UsageError, UserError
 from model import (
-    GPT, MODEL_SIZES, Bigram, GPTConfig, build_model, checkpoint_file, is_pretrained,
+    GPT,
+    MODEL_SIZES,
+    Bigram,
+    GPTConfig,
+    build_model,
+    checkpoint_file,
+    is_pretrained,
     load_checkpoint,
 )
-from runtime import Monitor, Ranks, StopSignal, UsageError, UserError
+from runtime import Monitor, Ranks, StopSignal
 from tokenizer import tokenizer_from, tokenizer_of
 
 REMEDIES = 'Remedies: a lower --learning_rate, --dtype=float32, a smaller --grad_clip'
@@ -464,7 +472,7 @@ def train(cfg):
         # ---- set up: data, model, optimizer, and where in the run they stand
         torch.manual_seed(cfg.seed)
         data = Dataset(cfg, ranks)
-        with runtime.blame_user():
+        with console.blame_user():
             raw, checkpoint = starting_point(cfg, data)
         raw.to(device)
         cfg = replace(cfg, gelu=raw.config.gelu)
@@ -580,4 +588,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    console.run(main)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import STORY, TINY, flags, script
 
+import console
 import prepare_text
-import runtime
 import train
 
 REAL = 'real'
@@ -282,7 +282,7 @@ def run_here(name, *args):
         patch.setattr(sys, 'argv', [name, *args])
         patch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='utf-8'))
         with pytest.raises(SystemExit) as ended:
-            runtime.run(importlib.import_module(name.removesuffix('.py')).main)
+            console.run(importlib.import_module(name.removesuffix('.py')).main)
     error.seek(0)
     return ended.value.code, error.read()
 

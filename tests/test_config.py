@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, script
 
 from configurator import override
+from console import UsageError
 from model import MODEL_SIZES
-from runtime import UsageError
 from sample import SampleConfig
 from train import TrainConfig
 

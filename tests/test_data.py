@@ -12,7 +12,7 @@ from conftest import ROOT, STORY
 import prepare_text
 import prepare_wizard_char
 import train
-from runtime import UserError
+from console import UserError
 
 
 def ids_of(name, split):

@@ -87,15 +87,15 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(tiny):
     (tiny / 'failing.py').write_text(f'''
 import os, sys
 sys.path.insert(0, {ROOT!r})
-import runtime, train
+import console, train
 forward, calls = train.GPT.forward, []
 def failing(self, *args, **kwargs):
     calls.append(1)
     if os.environ['RANK'] == '1' and len(calls) == 30:
-        raise runtime.UserError('the memory of rank 1 is full: use a smaller one')
+        raise console.UserError('the memory of rank 1 is full: use a smaller one')
     return forward(self, *args, **kwargs)
 train.GPT.forward = failing
-runtime.run(train.main)
+console.run(train.main)
 ''')
     result = script(str(tiny / 'failing.py'), *flags(**RUN), processes=2, timeout=60)
     assert result.returncode != 0

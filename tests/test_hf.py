@@ -11,8 +11,8 @@ from test_tokenizer import TEXTS
 
 import sample
 import train
+from console import UserError
 from model import GPT, GPTConfig, load_checkpoint
-from runtime import UserError
 from tokenizer import CharTokenizer, GPT2Tokenizer, tokenizer_of
 from train import TrainConfig
 

@@ -19,7 +19,7 @@ from conftest import TINY, script
 import plot_loss
 import runtime
 import train
-from runtime import UsageError, UserError
+from console import UsageError, UserError
 
 RATE = 1e-3
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY, script
 
+import console
 import runtime
 import train
 from model import GPT, Bigram, GPTConfig, build_model, load_checkpoint
@@ -56,5 +57,5 @@ def test_the_loss_of_a_trained_model_stays_within_0_01(tiny):
 
 
 def test_a_bigram_is_refused():
-    with pytest.raises(runtime.UserError, match='Bigram'):
+    with pytest.raises(console.UserError, match='Bigram'):
         quantize_int8(Bigram(GPTConfig(vocab_size=65)))

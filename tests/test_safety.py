@@ -15,8 +15,8 @@ from conftest import ROOT, TINY, flags, script
 import prepare_text
 import runtime
 import train
+from console import UserError, atomic_file
 from model import GPT, build_model, load_checkpoint
-from runtime import UserError, atomic_file
 from train import TrainConfig
 
 RUN = TINY | dict(max_iters=12, eval_interval=4)

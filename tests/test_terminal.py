@@ -10,9 +10,9 @@ import termios
 import pytest
 from conftest import ROOT, TINY, flags, script
 
-import runtime
+import console
 import train
-from runtime import Progress
+from console import Progress
 
 RUN = TINY | dict(max_iters=120, eval_interval=40, sample_tokens=40)
 CONTROL = r'[\x00-\x09\x0b-\x1f\x7f-\x9f]'  # all but the line feed
@@ -134,7 +134,7 @@ def test_the_bar_fills(progress, monkeypatch, done, full):
 
 def test_a_job_tells_how_long_it_takes(progress, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
-    monkeypatch.setattr(runtime.time, 'perf_counter', lambda: progress.began + 30)
+    monkeypatch.setattr(console.time, 'perf_counter', lambda: progress.began + 30)
     progress.advance(20)
     progress.advance(5)
     assert [line.lstrip('━╌') for line in live_lines(progress.stream.text)] == [
@@ -155,13 +155,13 @@ def test_a_job_that_is_soon_done_writes_nothing_into_a_file(capsys):
 
 
 def test_an_error_gets_a_line_of_its_own():
-    code = ('import runtime, time\n'
+    code = ('import console, time\n'
             'def main(argv):\n'
-            '    progress = runtime.Progress(2)\n'
+            '    progress = console.Progress(2)\n'
             '    time.sleep(0.2)\n'
             '    progress.update(1, ["half of it"])\n'
-            '    raise runtime.UserError("that was all")\n'
-            'runtime.run(main)')
+            '    raise console.UserError("that was all")\n'
+            'console.run(main)')
     code, output = in_terminal('-c', code)
     assert code == 1 and screen(output) == ['━' * 10 + '╌' * 10 + ' half of it',
                                             'error: that was all', '']

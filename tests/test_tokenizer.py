@@ -1,9 +1,11 @@
 """Text to ids and back."""
 
+import random
+
 import numpy as np
 import pytest
 
-from runtime import UserError
+from console import UserError
 from tokenizer import CharTokenizer, GPT2Tokenizer, tokenizer_from
 
 TEXTS = ['hello', 'Olá, coração! Não há pão à mão.', '“Oz” — 奥兹 🌪️👠🦁', 'a\n\n  b\t\r\n', '']
@@ -78,6 +80,17 @@ def test_gpt2_ids_are_tiktokens(gpt2, monkeypatch):
         monkeypatch.setattr('tokenizer.CHUNK', size)
         assert gpt2.encode(text).tolist() == whole
     assert gpt2.encode('Hello world').tolist() == [15496, 995] and gpt2.vocab_size == 50257
+
+
+def test_gpt2_white_space_is_cut_as_tiktoken_cuts_it(gpt2):
+    alphabet = [*' \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u3000\u200b\ufeff\0\ud800']
+    alphabet += [*'aAéß1٣中🦁!.-\u0301', "'", "'s", "'ll", "'VE", '   ', '\n\n', "don't"]
+    alphabet += ['<|endoftext|>']
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = ''.join(draw.choices(alphabet, k=draw.randint(0, 25)))
+        assert gpt2.encode(text).tolist() == gpt2.bpe.encode_ordinary(text), ascii(text)
+    assert len(gpt2.encode('x' + ' ' * 3_000_000 + 'y')) > 4  # more than tiktoken's stack takes
 
 
 def test_gpt2_never_shows_half_a_character(gpt2):
