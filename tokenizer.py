@@ -143,7 +143,9 @@ class GPT2Tokenizer:
         """
         # A cut before the white space that ends a word never splits a token, and keeps memory low.
         pieces, start = [], 0
-        if not text.isascii():  # as tiktoken does: half of a surrogate pair becomes U+FFFD
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # as tiktoken does: half of a surrogate pair becomes U+FFFD
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
         while start < len(text):
             end = min(start + CHUNK, len(text))
@@ -158,7 +160,8 @@ class GPT2Tokenizer:
         """`encode` without its precautions for long texts."""
         body = text.rstrip(SPACES)
         parts = [body]
-        if b'   ' in body.encode().translate(TO_SPACES) or any(c in body for c in RARE_SPACES):
+        rare = not body.isascii() and any(space in body for space in RARE_SPACES)
+        if rare or b'   ' in body.encode().translate(TO_SPACES):
             parts = LONG_SPACE.split(body)  # by turns plain text and spaces
         parts.append(text[len(body) :])
         ids = [
