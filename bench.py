@@ -21,13 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import console
 import prepare_text
 import runtime
 from configurator import override
-from model import GPT, MODEL_SIZES, GPTConfig
-from quantize import quantize_int8
+from model import GPT, MODEL_SIZES, ChunkedLoss, GPTConfig, next_token_loss
+from sample import ready
 from train import TrainConfig, train
 
 STORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')
@@ -60,14 +61,15 @@ TRAINING_CUDA = {
         200,
     ),
 }
-SAMPLING = {  # name: shape, prompt tokens, new tokens, samples, quantized
-    'sample baby 6x384, batch 1': (BABY | dict(vocab_size=65, block_size=256), 1, 500, 1, False),
-    'sample baby 6x384, batch 16': (BABY | dict(vocab_size=65, block_size=256), 1, 500, 16, False),
-    'sample gpt2 124M, batch 1': (GPT2, 1, 100, 1, False),
-    'sample gpt2 124M, batch 1, int8': (GPT2, 1, 100, 1, True),
-    'sample gpt2 124M, batch 16': (GPT2, 1, 100, 16, False),
-    'prefill gpt2 124M, 1000 tokens': (GPT2, 1000, 1, 1, False),
+SAMPLING = {  # name: shape, prompt tokens, new tokens, samples, quantize
+    'sample baby 6x384, batch 1': (BABY | dict(vocab_size=65, block_size=256), 1, 500, 1, ''),
+    'sample baby 6x384, batch 16': (BABY | dict(vocab_size=65, block_size=256), 1, 500, 16, ''),
+    'sample gpt2 124M, batch 1': (GPT2, 1, 100, 1, ''),
+    'sample gpt2 124M, batch 1, int8': (GPT2, 1, 100, 1, 'int8'),
+    'sample gpt2 124M, batch 16': (GPT2, 1, 100, 16, ''),
+    'prefill gpt2 124M, 1000 tokens': (GPT2, 1000, 1, 1, ''),
 }
+LOSSES = ['whole', 'in chunks', 'by torch']
 PREPARING = {'prepare characters, 50 MB': 'char', 'prepare gpt2 BPE, 10 MB': 'gpt2'}
 
 
@@ -105,15 +107,13 @@ def bench_training(settings, updates, cfg):
     return f'{speed:,.0f} tok/s', f'{statistics.median(mfu):.1%}' if mfu else 'n/a'
 
 
-def bench_sampling(shape, prompt, new, samples, quantized, cfg):
+def bench_sampling(shape, prompt, new, samples, quantize, cfg):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
     runtime.tune(device)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape)).to(device, dtype).eval()
-    if quantized:
-        quantize_int8(model)
+    model = ready(GPT(GPTConfig(**shape)), device, dtype, quantize)
     speeds = []
     for _ in range(6):
         idx = torch.randint(65, (samples, prompt), device=device)
@@ -121,6 +121,35 @@ def bench_sampling(shape, prompt, new, samples, quantized, cfg):
         model.generate(idx, new, top_k=200).cpu()
         tokens = prompt if prompt > new else samples * new
         speeds.append(tokens / (time.perf_counter() - began))
+    return f'{statistics.median(speeds[1:]):,.0f} tok/s', ''
+
+
+def bench_loss(kind, cfg):
+    """Tokens/s, forward and backward, of the head and the loss of GPT-2: 4096 tokens, 50257 ids."""
+    device = runtime.pick_device(cfg.device)
+    dtype = runtime.pick_dtype(cfg.dtype, device)
+    runtime.tune(device)
+    x = torch.randn(4, 1024, 768, device=device, requires_grad=True)
+    weight = torch.randn(50257, 768, device=device, requires_grad=True)
+    targets = torch.randint(50257, (4, 1024), device=device)
+    speeds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        with runtime.autocast(device, dtype):
+            if kind == 'whole':
+                loss = next_token_loss(F.linear(x, weight), targets)
+            elif kind == 'in chunks':
+                loss = ChunkedLoss.apply(
+                    x.flatten(0, 1), weight, targets.flatten(), True
+                )
+            else:  # autocast doesn't reach into it
+                loss = F.linear_cross_entropy(
+                    x.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten(),
+                    options=torch.nn.LinearCrossEntropyOptions(),
+                )
+        loss.backward()
+        loss.item()
+        speeds.append(targets.numel() / (time.perf_counter() - began))
     return f'{statistics.median(speeds[1:]):,.0f} tok/s', ''
 
 
@@ -159,6 +188,8 @@ def main(argv):
     training = TRAINING | (TRAINING_CUDA if device.type == 'cuda' else {})
     rows = {name: (bench_training, (*row, cfg)) for name, row in training.items()}
     rows |= {name: (bench_sampling, (*row, cfg)) for name, row in SAMPLING.items()}
+    if hasattr(F, 'linear_cross_entropy'):
+        rows |= {f'loss of gpt2, {kind}': (bench_loss, (kind, cfg)) for kind in LOSSES}
     rows |= {name: (bench_preparing, (kind, 50 if kind == 'char' else 10))
              for name, kind in PREPARING.items()}
     name = (torch.cuda.get_device_name(device) if device.type == 'cuda'

@@ -36,14 +36,14 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         """(..., in) to (..., out), in the dtype of x."""
         rows, scale = self.matrix.rows, self.matrix.scale
-        flat = x.flatten(0, -2)
-        if len(flat) <= 4 and x.dtype == torch.bfloat16 and x.device.type in ('cpu', 'cuda'):
+        flat = x.reshape(-1, x.size(-1))
+        if flat.size(0) <= 4 and x.dtype == torch.bfloat16 and x.device.type in ('cpu', 'cuda'):
             # Reads the int8 rows as they are, which is what takes the time for a few tokens; from
             # some 8 tokens on a product in bf16 is faster, even if the rows are converted first.
-            y = torch._weight_int8pack_mm(flat.contiguous(), rows, scale)
+            y = torch._weight_int8pack_mm(flat, rows, scale)
         else:
             y = F.linear(flat, rows.to(x.dtype)) * scale
-        y = y.unflatten(0, x.shape[:-1])
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

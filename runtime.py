@@ -94,6 +94,33 @@ def tune(device):
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and do not shrink the heap
 
 
+class PackedLinear(torch.nn.Module):
+    """nn.Linear whose weight lies as oneDNN's bf16 product on a CPU wants it; not for training.
+
+    Otherwise each call rearranges it: this takes half the time for one token, 0.7 of it for 16.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """(..., in) to (..., out), both bf16."""
+        pointwise = 'none', [], ''  # nothing else is to be done to the result
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *pointwise)
+
+
+def pack_linears(model):
+    """Make a PackedLinear of every nn.Linear, in place, where this torch and processor can."""
+    onednn = torch.ops.mkldnn
+    if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(module, name, PackedLinear(child))
+
+
 def prepare_machine(cfg, ranks):
     """Settle the device and the dtype of a run, and refuse an out_dir that cannot be."""
     device = pick_device(cfg.device)
@@ -133,7 +160,7 @@ def compile_or_eager(model, example, amp):
     try:
         compiled = torch.compile(model)
         with amp:
-            _, loss = compiled(*example)
+            _, loss = compiled(*example, return_logits=False)
         loss.backward()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split('\n')[0][:200]

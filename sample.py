@@ -69,6 +69,16 @@ def load(cfg):
         return build_model(checkpoint), tokenizer_from(checkpoint['tokenizer'])
 
 
+def ready(model, device, dtype, quantize=''):
+    """Make a model, in place, what writes fastest there."""
+    model.to(device, dtype).eval()
+    if quantize == 'int8':
+        quantize_int8(model)
+    elif device.type == 'cpu' and dtype == torch.bfloat16:
+        runtime.pack_linears(model)
+    return model
+
+
 def tokenizer_elsewhere(checkpoint, source):
     """nanoGPT's checkpoints hold no tokenizer: take the dataset's, or GPT-2's if the size is."""
     dataset = checkpoint.get('config', {}).get('dataset', '')
@@ -137,9 +147,7 @@ def main(argv):
     runtime.tune(device)
     prompt = read_prompt(cfg.start)
     model, tokenizer = load(cfg)
-    model.to(device, dtype).eval()
-    if cfg.quantize:
-        quantize_int8(model)
+    ready(model, device, dtype, cfg.quantize)
     if cfg.compile:
         model.compile(dynamic=True)
 

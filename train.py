@@ -315,7 +315,7 @@ def evaluate(model, split, cfg, ranks, device, amp):
     losses, counts = [torch.zeros((), device=device)], [0]
     for x, y in evaluation_batches(split, cfg, ranks, device):
         with amp:
-            _, loss = model(x, y)
+            _, loss = model(x, y, return_logits=False)
         losses.append(loss)
         counts.append(y.numel())
     model.train()
@@ -487,6 +487,10 @@ def train(cfg):
             note = schedule_note(cfg, checkpoint['config'], start)
             del checkpoint  # a second copy of everything
 
+        weights = list(raw.parameters())
+        # For dropout. On a CPU, torch.manual_seed would ask every other backend as well, which
+        # takes 2 % of a small model's iteration.
+        randomness = torch.default_generator if device.type == 'cpu' else torch
         batches = micro_batches(data.splits['train'], cfg, ranks, device, start)
         x, y = next(batches)
         net = raw  # raw keeps its own name: its state dict has no wrapper's prefix
@@ -503,7 +507,7 @@ def train(cfg):
 
         def save(name):
             """The state before update `it`: the weights in best.pt, all of it in ckpt.pt."""
-            if not all(p.isfinite().all() for p in raw.parameters()):
+            if not all(p.isfinite().all() for p in weights):
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
             state = {
                 'model': raw.state_dict(), 'model_args': raw.config.model_args(), 'iter_num': it,
@@ -546,7 +550,7 @@ def train(cfg):
                 return best_val_loss
 
             # ---- TRAINING: all that moves the weights is from here ...
-            torch.manual_seed(seed_of(cfg.seed, it, ranks.rank))  # for dropout
+            randomness.manual_seed(seed_of(cfg.seed, it, ranks.rank))
             rate = learning_rate(cfg, it)
             for group in optimizer.param_groups:
                 group['lr'] = rate
@@ -555,13 +559,14 @@ def train(cfg):
                 if ranks.world_size > 1:  # gradients travel once, with the last micro-batch
                     model.require_backward_grad_sync = micro_step == micro_steps - 1
                 with amp:
-                    _, loss = model(x, y)
+                    _, loss = model(x, y, return_logits=False)
                     loss = loss / micro_steps
                 scaler.scale(loss).backward()
                 x, y = next(batches)  # read while the GPU is at work
                 mean_loss += loss.detach()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
+            # A rare long gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
+            norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)
             mean_loss = ranks.mean(mean_loss)
             # One bad batch must not spoil the weights. The fused optimizer leaves an update out
             # where found_inf is 1, on the device, so that nobody waits for a GPU to ask. On a CPU

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, MODEL_SIZES, Bigram, GPTConfig, attend, sample_from
+from model import GPT, MODEL_SIZES, Bigram, ChunkedLoss, GPTConfig, attend, sample_from
 
 SMALL = dict(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=32)
 
@@ -108,14 +108,17 @@ def test_padded_ids_are_never_sampled(cls):
 
 
 def test_sampling_choices():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    order = [2, 0, 3, 1]  # of the tokens from the likeliest to the least
+    logits = torch.log(torch.tensor([[0.3, 0.05, 0.5, 0.15]])).repeat(4000, 1)
     def count(**kw):
-        return torch.bincount(sample_from(logits, **kw).flatten(), minlength=4)
+        return torch.bincount(sample_from(logits, **kw).flatten(), minlength=4)[order]
 
     torch.manual_seed(0)
     assert torch.allclose(count() / 4000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
     assert torch.allclose(count(top_k=2) / 4000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
     assert count(top_p=0.81).tolist()[3] == 0 and count(top_p=0.81)[2] > 0
+    both = count(top_k=3, top_p=0.6) / 4000  # 0.5, 0.3, 0.15 of 0.95, then 0.6 of that
+    assert torch.allclose(both, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
     assert count(top_p=0.5).tolist() == [4000, 0, 0, 0]
     assert count(top_p=0.01).tolist() == [4000, 0, 0, 0]
     assert count(temperature=0).tolist() == [4000, 0, 0, 0]
@@ -137,6 +140,25 @@ def test_targets_of_minus_one_do_not_count():
     targets = idx.clone()
     targets[:, 4:] = -1
     assert torch.allclose(model(idx, targets)[1], model(idx[:, :4], idx[:, :4])[1])
+
+
+@pytest.mark.parametrize('V', [65, 80])  # 80: padded
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, V):
+    idx, targets = random_ids(3, 32), random_ids(3, 32)
+    targets[0, 5:9] = -1
+    losses, gradients = [], []
+    for size in (math.inf, 10):
+        monkeypatch.setattr('model.LARGE', size)
+        monkeypatch.setattr(ChunkedLoss.forward, '__defaults__', (size,))
+        model = small_gpt(vocab_size=V, real_vocab_size=65)
+        logits, loss = model(idx, targets, return_logits=False)
+        loss.backward()
+        assert logits is None
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_one_batch_can_be_learnt_by_heart():

@@ -1,11 +1,15 @@
 """sample.py as a user runs it."""
 
+import copy
+
 import pytest
 import torch
 from conftest import TINY, script
 
 import sample
 import train
+from model import GPT, GPTConfig
+from runtime import PackedLinear
 from tokenizer import GPT2Tokenizer
 
 
@@ -77,6 +81,20 @@ def test_samples_side_by_side_equal_samples_alone(trained):
     together = model.generate(prompt, 40, temperature=0)
     for row in (0, 1):
         assert torch.equal(model.generate(prompt[[row]], 40, temperature=0), together[[row]])
+
+
+@pytest.mark.parametrize('T', [1, 2, 20])
+@torch.no_grad()
+def test_packed_matrices_give_the_same_logits(T):
+    model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=64))
+    model.transformer.h[0].mlp.c_fc.bias.data.normal_()
+    model.to(torch.bfloat16)
+    packed = sample.ready(copy.deepcopy(model), torch.device('cpu'), torch.bfloat16)
+    if not any(isinstance(module, PackedLinear) for module in packed.modules()):
+        pytest.skip('this processor has nothing to pack for')
+    idx = torch.randint(65, (3, T))
+    plain, fast = model(idx, idx)[0], packed(idx, idx)[0]
+    assert (plain - fast).norm() < 0.01 * plain.norm()
 
 
 def test_a_prompt_that_is_no_utf8(trained):
