@@ -76,7 +76,8 @@ def atomic_file(path, mode='wb', **kwargs):
             raise
         if os.name == 'posix':  # the rename is on disk when the folder is
             folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # not every network file system can do that
+                os.fsync(folder)
             os.close(folder)
     except OSError as error:
         raise UserError(

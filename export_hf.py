@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import console
 from configurator import override
-from console import UsageError
+from console import UsageError, UserError
+from model import GPT
 from sample import SampleConfig, load
 
 
@@ -27,11 +28,16 @@ def main(argv):
     if not cfg.to or os.path.exists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     model, tokenizer = load(SampleConfig(out_dir=cfg.out_dir))
+    if not isinstance(model, GPT):
+        raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     unfinished = f'{cfg.to}.tmp'
     shutil.rmtree(unfinished, ignore_errors=True)
-    with console.blame_user():
-        model.save_pretrained(unfinished, tokenizer)
-        os.rename(unfinished, cfg.to)
+    try:
+        with console.blame_user():
+            model.save_pretrained(unfinished, tokenizer)
+            os.rename(unfinished, cfg.to)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f'{cfg.to}: {", ".join(sorted(os.listdir(cfg.to)))}')
 
 

@@ -39,7 +39,7 @@ MODEL_SIZES = {
     'gpt3-175b': (96, 96, 12288),
 }
 
-LARGE = 1 << 26  # numbers in a tensor of logits that is better not made whole: 256 MB
+MAX_LOGITS = 1 << 26  # 256 MB in float32: where there would be more, the loss goes in chunks
 
 
 @dataclass
@@ -147,7 +147,7 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     that together reach probability p do (nucleus sampling: Holtzman et al. 2019,
     arXiv:1904.09751). Raises ValueError for values outside their range.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or above')
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
@@ -155,13 +155,13 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1')
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    ids = None  # in the place of which logits are: all, in order
+    ids = None  # which token each column stands for, once they are not all there in order
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)
-    elif top_p is not None:
+    elif top_p is not None and top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
     probs = F.softmax(logits / temperature, dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         # A token stays if those ahead of it have not reached p yet, so the first always stays.
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)
@@ -182,11 +182,12 @@ class Bigram(LanguageModel):
         nn.init.zeros_(self.table.weight)  # every next token is equally likely: loss ln V
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):
-        """As `GPT.forward`; there is nothing to cache, and little to leave out."""
+        """As `GPT.forward`; there is nothing to cache."""
         if targets is None:
             return self.table(idx[:, [-1]]), None
         logits = self.table(idx)
-        return logits, next_token_loss(logits[..., : self.config.real_vocab_size], targets)
+        loss = next_token_loss(logits[..., : self.config.real_vocab_size], targets)
+        return logits if return_logits else None, loss
 
     def flops_per_token(self):
         """The table is looked up, not multiplied."""
@@ -200,13 +201,16 @@ def next_token_loss(logits, targets):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """`next_token_loss` of the logits x @ weight^T, for `size` tokens at a time.
+    """`next_token_loss` of the logits x @ weight^T, taken for `size` tokens at a time.
 
-    x: (N, C), weight: (V, C), targets: (N,) int64. learning: whether there will be a backward
-    pass. Where V is large, the logits of all tokens are
-    the largest tensor of a training step. Here a chunk's gradients are taken as soon as its loss
-    is known, and its logits forgotten: 0.4 of the memory for GPT-2's head, at 0.9 of its speed.
-    (F.linear_cross_entropy of torch 2.13 needs five times as long on a CPU.)
+    x: (N, C), weight: (V, C), targets: (N,) int64, -1 where none counts; returns a float32 scalar.
+    learning: whether a backward pass will follow, which can't be asked inside: there, gradients
+    are always off.
+
+    Where V is large, the logits of all tokens are the largest tensor of a training step. Here the
+    gradients of a chunk are computed together with its loss, and its logits are dropped: on a CPU
+    0.4 of the memory for GPT-2's head, at 0.9 of the speed. (F.linear_cross_entropy of torch 2.13
+    takes five times as long there.)
     """
 
     @staticmethod
@@ -216,9 +220,10 @@ class ChunkedLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        if learning:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), device=x.device)
-        counts = targets != -1
+        counted = targets != -1
         for i in range(0, len(x), size):
             some = slice(i, i + size)
             logits = (x[some] @ weight.T).float()
@@ -229,22 +234,27 @@ class ChunkedLoss(torch.autograd.Function):
             error = F.softmax(logits, dim=-1)
             places = targets[some].clamp(min=0)[:, None]
             error = error.scatter_add(1, places, -torch.ones_like(error[:, :1]))
-            error = (error * counts[some, None]).to(dtype)
+            error = (error * counted[some, None]).to(dtype)
             dx[some] = error @ weight
             dweight += error.T @ x[some]
-        count = counts.sum()
-        ctx.save_for_backward(dx, dweight, count)
+        count = counted.sum()
+        if learning:
+            ctx.save_for_backward(dx, dweight, count)
         return total / count
 
     @staticmethod
     def backward(ctx, grad):
         *sums, count = ctx.saved_tensors
-        means = [(d * (grad / count)).to(dtype) for d, dtype in zip(sums, ctx.dtypes)]
+        means = [(d.float() * (grad / count)).to(dtype) for d, dtype in zip(sums, ctx.dtypes)]
         return *means, None, None, None
 
 
 class KVCache:
-    """What one attention layer remembers: the keys and values of the tokens read so far."""
+    """What one attention layer remembers: the keys and values of the tokens read so far.
+
+    kv: (2, B, n_head, block_size, head_size), of which `length` positions are filled. like: a
+    weight of the model, for its device and dtype.
+    """
 
     def __init__(self, batch_size, config, like):
         head_size = config.n_embd // config.n_head
@@ -407,7 +417,7 @@ class GPT(LanguageModel):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         real = self.config.real_vocab_size
-        if not return_logits and targets.numel() * real > LARGE:
+        if not return_logits and targets.numel() * real > MAX_LOGITS:
             return None, ChunkedLoss.apply(
                 x.flatten(0, 1), self.lm_head.weight[:real], targets.flatten(),
                 torch.is_grad_enabled(),

@@ -106,7 +106,7 @@ def draw(folders, out, x='iteration'):
                 legend = 'validation, ★ at its best; faint: training; ×: not finite'
                 upper.plot(skipped, np.ones(len(skipped)), 'x', color=color, clip_on=False,
                            transform=upper.get_xaxis_transform())  # at the top of the panel
-            label = ' ' + name.replace('$', r'\$')  # $ starts a formula, _ what legends hide
+            label = ' ' + name.replace('$', r'\$')  # $ starts a formula, _ hides it
             there = np.isfinite(log['val_loss'])
             at, val = log[x][there], log['val_loss'][there]
             if len(val):

@@ -40,11 +40,8 @@ from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import cache
 from operator import attrgetter
 from typing import Callable, Iterator, NamedTuple
-
-import numpy as np
 
 import console
 from configurator import override
@@ -77,7 +74,9 @@ def guarded(stream):
     """What `stream` yields; if it can't be read, Damaged."""
     try:
         yield from stream
-    except (lzma.LZMAError, zlib.error, tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (
+        lzma.LZMAError, zlib.error, tarfile.TarError, EOFError, OSError, ValueError, RuntimeError
+    ) as error:
         raise Damaged(' '.join(str(error).split()) or type(error).__name__) from None
 
 
@@ -146,7 +145,8 @@ def parquet_documents(file):
 
 # --- from documents to ids: what the workers do
 
-END = np.array([GPT2Tokenizer.eot], '<u2').tobytes()
+TOKENIZER = GPT2Tokenizer()  # each process loads its vocabulary when it first encodes
+END = GPT2Tokenizer.eot.to_bytes(2, 'little')
 
 DOCUMENTS = {
     'xz': lambda data: xz_documents(io.BytesIO(data)),
@@ -154,12 +154,6 @@ DOCUMENTS = {
     'paths': file_documents,
     'documents': iter,
 }
-
-
-@cache
-def tokenizer():
-    """One for each process: to load it takes a second."""
-    return GPT2Tokenizer()
 
 
 def clean(text):
@@ -190,7 +184,7 @@ def tokenize(kind, data, val_fraction):
         text = clean(text)
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
         ids = part.val if place < val_fraction else part.train
-        ids += tokenizer().encode(text).astype('<u2').tobytes() + END
+        ids += TOKENIZER.encode(text).astype('<u2').tobytes() + END
         part.documents += 1
         part.bytes += len(document)
     return part
@@ -228,24 +222,25 @@ def batches(items, size):
         yield batch
 
 
-def chunks(file, name, size):
-    """An archive, cut for the workers: (kind, data)."""
-    if name.endswith(('.jsonl', '.jsonl.gz', '.jsonl.xz')):
-        opener = {'.gz': gzip.open, '.xz': lzma.open}.get(name[-3:])
+def chunks(file, ending, size):
+    """(kind, data) for the workers, out of an archive whose name ends in `ending`."""
+    if ending.endswith(('.jsonl', '.jsonl.gz', '.jsonl.xz')):
+        opener = {'.gz': gzip.open, '.xz': lzma.open}.get(ending[-3:])
         file = opener(file) if opener else file
         while lines := file.readlines(CHUNK):
             yield 'jsonl', b''.join(lines)
-    elif name.endswith('.xz') and size <= LARGE:
+    elif ending.endswith('.xz') and size <= LARGE:
         yield 'xz', file.read()
     else:
-        documents = (xz_documents if name.endswith('.xz') else parquet_documents)(file)
+        documents = (xz_documents if ending.endswith('.xz') else parquet_documents)(file)
         for batch in batches(documents, len):
             yield 'documents', batch
 
 
 def failing(error):
+    """A stream that can't be read."""
     raise error
-    yield
+    yield  # makes it a generator
 
 
 def archives_in(path, name, share):
@@ -278,19 +273,22 @@ def archives_in(path, name, share):
             yield Archive(name, size, failing(error), now)
 
 
-def files_in(path):
-    """The files that we read in a folder and the folders in it, by name; or a file itself."""
+def files_in(path, limit=100_000):
+    """The files that we read in a folder and the folders in it, by name; or a file itself.
+
+    It takes `limit` names at a time: there may be millions.
+    """
     if os.path.isfile(path):
         yield path
         return
-    last, limit = '', 100_000  # at once: there may be millions of files
+    last = ''
     while True:
         with os.scandir(path) as entries:
             rest = (e for e in entries if e.name > last and not e.name.startswith('.'))
             found = heapq.nsmallest(limit, rest, key=attrgetter('name'))
         for entry in found:
             if entry.is_dir(follow_symlinks=False):
-                yield from files_in(entry.path)
+                yield from files_in(entry.path, limit)
             elif entry.name.endswith(SUFFIXES) and entry.is_file():
                 yield entry.path
         if len(found) < limit:
@@ -404,12 +402,12 @@ def web_archives(folder, ended, progress):
             os.remove(os.path.join(folder, name))
     names = [name for name in SUBSETS if name not in ended]
     downloads = [Download(URL + name, os.path.join(folder, name)) for name in names]
-    for download in downloads[:1]:
-        download.start()
+    if downloads:
+        downloads[0].start()
     for i, (name, download) in enumerate(zip(names, downloads)):
         download.wait(progress)
-        for following in downloads[i + 1 : i + 2]:
-            following.start()
+        if i + 1 < len(downloads):
+            downloads[i + 1].start()
 
         def share(part):
             return (len(SUBSETS) - len(names) + i + part) / len(SUBSETS)
@@ -542,8 +540,8 @@ class Output:
                 while block := file.read(1 << 20):
                     digest.update(block)
         meta = {
-            'tokenizer': tokenizer().state(),
-            'vocab_size': tokenizer().vocab_size,
+            'tokenizer': TOKENIZER.state(),
+            'vocab_size': TOKENIZER.vocab_size,
             'source': source,
             'sha256': digest.hexdigest(),
             'tokens': {split: self.counts[split] for split in self.files},
@@ -664,7 +662,7 @@ def prepare(cfg):
             for _ in range(workers):
                 pool.submit(int)
             signal.signal(signal.SIGINT, handler)
-            tokenizer().bpe  # so that one process gets tiktoken's files, and may complain
+            TOKENIZER.bpe  # so that one process gets tiktoken's files, and may complain
             damaged = None
             for archive, future, share in in_order(
                 tasks(pool, archives, output, cfg.val_fraction), 4 * workers

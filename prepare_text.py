@@ -98,11 +98,9 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
     began = time.perf_counter()
     val_start = int(len(text) * (1 - val_fraction - test_fraction))
     test_start = int(len(text) * (1 - test_fraction))
-    parts = {
-        'train': text[:val_start], 'val': text[val_start:test_start], 'test': text[test_start:],
-    }
-    if not test_fraction:
-        del parts['test']
+    parts = {'train': text[:val_start], 'val': text[val_start:test_start]}
+    if test_fraction:
+        parts['test'] = text[test_start:]
     for name, part in parts.items():
         if not part:
             raise UserError(
@@ -125,7 +123,7 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
             files.enter_context(atomic_file(os.path.join(folder, f'{name}.bin'))).write(part.data)
         file = files.enter_context(atomic_file(os.path.join(folder, 'meta.json')))
         file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
-        for old in {'train.bin', 'test.bin'}:  # while the files change there is no dataset
+        for old in ('train.bin', 'test.bin'):  # while the files change there is no dataset
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, old))
     counts = ', '.join(f'{len(part):,} {name}' for name, part in ids.items())
@@ -182,7 +180,8 @@ def main(argv):
         raise UsageError('which text? python prepare_text.py my.txt --dataset=my_text')
     if not cfg.dataset:
         raise UsageError('what is the dataset to be called? add --dataset=my_text')
-    prepare(read_text(inputs), **vars(cfg), source=' '.join(map(os.path.basename, inputs)))
+    names = [os.path.basename(os.path.abspath(path)) for path in inputs]  # folder/ has one too
+    prepare(read_text(inputs), **vars(cfg), source=' '.join(names))
 
 
 if __name__ == '__main__':

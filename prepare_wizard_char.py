@@ -4,7 +4,7 @@
     python prepare_wizard_char.py --input=FILE # takes your copy
 
 Without a network it takes data/oz_retold.txt, a retelling in new words that comes with ozGPT:
-180,561 train, 22,570 val and 22,571 test tokens of 67 characters. meta.json says which text it
+180,561 train, 22,570 val and 22,571 test tokens of 68 characters. meta.json says which text it
 was.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import console
 from configurator import override
 from console import UserError
-from prepare_text import fetch, prepare, read_text
+from prepare_text import check_name, fetch, prepare, read_text
 
 URL = 'https://www.gutenberg.org/cache/epub/55/pg55.txt'
 RETOLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')
@@ -41,6 +41,7 @@ def strip_gutenberg(text):
 
 def main(argv):
     cfg = override(WizardConfig(), argv, usage=__doc__)
+    check_name(cfg.dataset)
     source = cfg.input or URL
     try:
         path = cfg.input or fetch(cfg.dataset, URL, is_the_book)

@@ -95,9 +95,10 @@ def tune(device):
 
 
 class PackedLinear(torch.nn.Module):
-    """nn.Linear whose weight lies as oneDNN's bf16 product on a CPU wants it; not for training.
+    """nn.Linear with its weight in the order that oneDNN's bf16 product on a CPU reads.
 
-    Otherwise each call rearranges it: this takes half the time for one token, 0.7 of it for 16.
+    nn.Linear rearranges its weight at every call. Without that, a call takes half the time for one
+    token and 0.7 of it for 16. For writing only: such a model cannot be trained.
     """
 
     def __init__(self, linear):
@@ -107,12 +108,12 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, x):
         """(..., in) to (..., out), both bf16."""
-        pointwise = 'none', [], ''  # nothing else is to be done to the result
+        pointwise = 'none', [], ''  # no activation is fused to the product
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *pointwise)
 
 
 def pack_linears(model):
-    """Make a PackedLinear of every nn.Linear, in place, where this torch and processor can."""
+    """Replace every nn.Linear by a PackedLinear, in place, if torch and the processor can."""
     onednn = torch.ops.mkldnn
     if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
         for module in list(model.modules()):

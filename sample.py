@@ -25,23 +25,19 @@ from tokenizer import GPT2Tokenizer, tokenizer_from, tokenizer_of
 
 @dataclass
 class SampleConfig:
-    init_from: str = (
-        'resume'  # resume means out_dir; or a checkpoint, its folder, gpt2 ... gpt2-xl
-    )
+    init_from: str = 'resume'  # resume: out_dir; or a checkpoint, its folder, gpt2 ... gpt2-xl
     out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
     start: str = '\n'  # the prompt; FILE:path reads a file, - reads standard input
     num_samples: int = 3  # how many texts
     max_new_tokens: int = 500  # tokens added to each
-    temperature: float = 0.8  # 1 as the model believes, below bolder, 0 always the likeliest token
+    temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
     top_k: int | None = 200  # only the k likeliest tokens count; none for all
     top_p: float | None = None  # only the likeliest tokens that reach this probability together
     stop: str = ''  # a text ends where this comes up
     seed: int = 1337  # the same seed, the same texts
     device: str = 'auto'  # the best there is of cuda, mps, cpu
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
-    quantize: str = (
-        ''  # int8 stores the weights in 8 bits: faster, and a quarter of float32's memory
-    )
+    quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
     compile: bool = False  # torch.compile: slow to start, faster for very long texts
 
     def __post_init__(self):
@@ -69,16 +65,6 @@ def load(cfg):
         return build_model(checkpoint), tokenizer_from(checkpoint['tokenizer'])
 
 
-def ready(model, device, dtype, quantize=''):
-    """Make a model, in place, what writes fastest there."""
-    model.to(device, dtype).eval()
-    if quantize == 'int8':
-        quantize_int8(model)
-    elif device.type == 'cpu' and dtype == torch.bfloat16:
-        runtime.pack_linears(model)
-    return model
-
-
 def tokenizer_elsewhere(checkpoint, source):
     """nanoGPT's checkpoints hold no tokenizer: take the dataset's, or GPT-2's if the size is."""
     dataset = checkpoint.get('config', {}).get('dataset', '')
@@ -91,6 +77,16 @@ def tokenizer_elsewhere(checkpoint, source):
     raise UserError(
         f'{source} holds no tokenizer and there is no {meta}: prepare that dataset first'
     )
+
+
+def ready(model, device, dtype, quantize='', pack=True):
+    """Bring a model, in place, into the form that writes fastest on `device`; returns it."""
+    model.to(device, dtype).eval()
+    if quantize == 'int8':
+        quantize_int8(model)
+    elif pack and device.type == 'cpu' and dtype == torch.bfloat16:
+        runtime.pack_linears(model)
+    return model
 
 
 def read_prompt(start):
@@ -147,7 +143,8 @@ def main(argv):
     runtime.tune(device)
     prompt = read_prompt(cfg.start)
     model, tokenizer = load(cfg)
-    ready(model, device, dtype, cfg.quantize)
+    # torch.compile cannot look into packed matrices, and arranges them itself.
+    ready(model, device, dtype, cfg.quantize, pack=not cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
 

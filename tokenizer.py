@@ -91,14 +91,16 @@ class CharTokenizer:
         return {'type': 'char', 'vocab_size': self.vocab_size, 'chars': self.chars}
 
 
-# GPT-2 first splits a text into words and such, by a pattern that looks ahead at one place: the
-# last white space before a word belongs to it or stands alone, what is before that is one piece.
-# Looking ahead takes a regex engine of half the speed. It matters only in runs of three or more;
-# where those are cut out, but for their last character, PLAIN gives the same pieces.
+# GPT-2 first splits a text into words, numbers, signs and white space. Only white space takes a
+# look ahead: of a run before a word, the last character joins the word or stands alone, and the
+# others are one piece. A regex engine that can look ahead is half as fast, and it matters only for
+# runs of three or more: we cut out all of those but their last character, and split the rest by
+# PLAIN, which gives the same pieces.
 PLAIN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+# White space as Unicode and tiktoken have it: Python alone counts U+001C to U+001F too.
 SPACES = ''.join(c for c in map(chr, range(0x3001)) if c.isspace() and not '\x1c' <= c <= '\x1f')
 LONG_SPACE = re.compile(f'([{SPACES}]{{2,}})(?=[{SPACES}])')
-# Most texts have no such run, which is quicker to see with these than with the regex.
+# Most texts have no such run, and these show it faster than the regex does.
 TO_SPACES = bytes.maketrans(b'\t\n\v\f\r', b'     ')
 RARE_SPACES = [c for c in SPACES if not c.isascii()]
 
@@ -128,12 +130,12 @@ class GPT2Tokenizer:
 
     @cached_property
     def plain(self):
-        """The same with the pattern PLAIN."""
+        """tiktoken's encoding with the pattern PLAIN: faster, for text without long runs."""
         import tiktoken
 
         return tiktoken.Encoding(
             'plain', pat_str=PLAIN, mergeable_ranks=self.bpe._mergeable_ranks,
-            special_tokens=self.bpe._special_tokens,  # without any, it is slower by half
+            special_tokens=self.bpe._special_tokens,  # without any, it takes twice as long
         )
 
     def encode(self, text, advance=lambda more: None):
@@ -141,13 +143,9 @@ class GPT2Tokenizer:
 
         advance: is told, now and then, how many more characters are done.
         """
-        # A cut before the white space that ends a word never splits a token, and keeps memory low.
         pieces, start = [], 0
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # as tiktoken does: half of a surrogate pair becomes U+FFFD
-            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
         while start < len(text):
+            # A cut before the white space that ends a word never splits a token.
             end = min(start + CHUNK, len(text))
             while end < len(text) and not (text[end].isspace() and not text[end - 1].isspace()):
                 end += 1
@@ -157,11 +155,16 @@ class GPT2Tokenizer:
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
 
     def encode_some(self, text):
-        """`encode` without its precautions for long texts."""
+        """The ids of a text that is short enough to be worked on at once."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:  # as tiktoken does: half of a surrogate pair becomes U+FFFD
+            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+            data = text.encode()
         body = text.rstrip(SPACES)
         parts = [body]
         rare = not body.isascii() and any(space in body for space in RARE_SPACES)
-        if rare or b'   ' in body.encode().translate(TO_SPACES):
+        if rare or b'   ' in data.translate(TO_SPACES):
             parts = LONG_SPACE.split(body)  # by turns plain text and spaces
         parts.append(text[len(body) :])
         ids = [
@@ -189,9 +192,9 @@ class GPT2Tokenizer:
         tokens = [self.bpe.decode_single_token_bytes(i) for i in range(self.vocab_size)]
         rank = {token: i for i, token in enumerate(tokens[: self.eot])}
         # Hugging Face writes bytes as letters: printable ones as they are, others from U+0100 on.
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        letter = {b: chr(b) for b in plain}
-        letter |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(plain)))}
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letter = {b: chr(b) for b in printable}
+        letter |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(printable)))}
         word = lambda token: ''.join(letter[b] for b in token)  # noqa: E731
         merges = []
         for token in tokens[: self.eot]:

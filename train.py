@@ -380,7 +380,7 @@ def starting_point(cfg, data):
         model = build_model(checkpoint, dropout=cfg.dropout)
         if resume:
             return model, checkpoint
-    if cfg.block_size != model.config.block_size:
+    if isinstance(model, GPT) and cfg.block_size != model.config.block_size:
         model.crop_block_size(cfg.block_size)
     return model, None
 
@@ -444,6 +444,8 @@ def adopt_tokenizer(checkpoint, state, path):
             f'{path} was trained on {theirs["type"]} tokens, the dataset has {state["type"]} '
             f'ones: prepare it with --tokenizer={theirs["type"]}'
         )
+    elif theirs != state and 'transformer.wte.weight' not in checkpoint['model']:
+        raise ValueError(f'{path} is a bigram of another alphabet: train one from scratch')
     elif theirs != state:
         known = {char: row for row, char in enumerate(theirs['chars'])}
         for key, old in list(checkpoint['model'].items()):
@@ -459,7 +461,7 @@ def adopt_tokenizer(checkpoint, state, path):
 
 
 def train(cfg):
-    """Train as `cfg` says, to the last evaluation and save; returns the best validation loss.
+    """Train as `cfg` says; returns the best validation loss, or None for `eval_only`.
 
     Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and ends the
     process.
@@ -488,8 +490,8 @@ def train(cfg):
             del checkpoint  # a second copy of everything
 
         weights = list(raw.parameters())
-        # For dropout. On a CPU, torch.manual_seed would ask every other backend as well, which
-        # takes 2 % of a small model's iteration.
+        # What to seed for dropout. torch.manual_seed would visit every other backend too, which
+        # on a CPU takes 2 % of a small model's iteration.
         randomness = torch.default_generator if device.type == 'cpu' else torch
         batches = micro_batches(data.splits['train'], cfg, ranks, device, start)
         x, y = next(batches)

@@ -1,5 +1,5 @@
-# OpenAI's largest GPT-2 reads Shakespeare: a few updates on a GPU with 24 GB, pip install
-# transformers. With less memory or time: --init_from=gpt2 or gpt2-medium.
+# OpenAI's largest GPT-2 reads Shakespeare, for a few updates: on a GPU with 40 GB, after
+# pip install transformers. With less memory or time: --init_from=gpt2 or gpt2-medium.
 # How long it takes and the loss to expect are not measured here yet.
 
 init_from = 'gpt2-xl'

@@ -1,7 +1,7 @@
 # Go on from a model of yours: the one that learnt Shakespeare now reads the Wizard of Oz.
 # First: python train.py config/train_shakespeare_char.py
-# From the README's CPU model it takes 26 s on two cores, and the validation loss falls from 2.17 to
-# 1.76: --init_from=out-cpu
+# From the README's CPU model it takes 26 s on two cores, and the validation loss falls from 2.17
+# to 1.76: --init_from=out-cpu
 #
 # Letters that both texts have keep what was learnt of them, new ones (curly quotes) start afresh.
 # The shape of the model comes from the checkpoint.

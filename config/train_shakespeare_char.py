@@ -1,6 +1,7 @@
 # Tiny Shakespeare by characters, with nanoGPT's hyperparameters: its "baby GPT", for a GPU.
-# Its loss is not measured here yet (nanoGPT reports 1.47 in 3 minutes on an A100); on two CPU cores
-# at 8,000 tokens/s it would take three hours. With the README's flags for a CPU: 1.893 in 41 s.
+# Its loss is not measured here yet (nanoGPT reports 1.47 in 3 minutes on an A100); on two CPU
+# cores at 9,000 tokens/s it would take two and a half hours without dropout, and longer with it.
+# For a CPU there are train_shakespeare_char_quick.py and train_shakespeare_char_cpu.py.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

@@ -13,7 +13,7 @@ sample_tokens = 150
 gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 128
-n_layer = 2  # one layer 1.5 times as wide does as well; three or four take too long for each update
+n_layer = 2  # three or four learn more from an update, but make too few of them in the time
 n_head = 4
 n_embd = 128
 

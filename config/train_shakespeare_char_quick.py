@@ -1,5 +1,5 @@
-# Tiny Shakespeare by characters, in 8 seconds from a standing start on two CPU cores with bf16: 1.86
-# nats per character over the whole validation split (nanoGPT takes 86 s to 1.89). One layer only.
+# Tiny Shakespeare by characters, in 8 s from a standing start on two CPU cores with bf16, once
+# the dataset is there: a validation loss of 1.86 nats per character. One layer only.
 
 out_dir = 'out-shakespeare-quick'
 dataset = 'shakespeare_char'

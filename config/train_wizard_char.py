@@ -1,6 +1,6 @@
 # The Wonderful Wizard of Oz, character by character: a minute on two CPU cores with bf16.
-# Expect a validation loss of 1.374 nats per character on the retelling, 1.297 on the book (a bigram
-# gets 2.344). On a GPU a larger model is trained; its loss is not measured here yet.
+# Expect a validation loss of 1.374 nats per character on the retelling, 1.297 on the book (a
+# bigram gets 2.344). On a GPU a larger model is trained; its loss is not measured here yet.
 
 import torch
 

@@ -52,7 +52,7 @@ def script(name, *args, processes=1, input=None, env=None, timeout=120):
     for _ in range(3):
         result = subprocess.run(
             [*command, os.path.join(ROOT, name), *args], input=input, capture_output=True,
-            text=True, env=environment, timeout=timeout, encoding='utf-8',
+            env=environment, timeout=timeout, encoding='utf-8',
         )
         # On a loaded machine gloo now and then aborts a process: that is not what is tested.
         if processes == 1 or 'SIGABRT' not in result.stderr:

@@ -148,7 +148,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, V):
     targets[0, 5:9] = -1
     losses, gradients = [], []
     for size in (math.inf, 10):
-        monkeypatch.setattr('model.LARGE', size)
+        monkeypatch.setattr('model.MAX_LOGITS', size)
         monkeypatch.setattr(ChunkedLoss.forward, '__defaults__', (size,))
         model = small_gpt(vocab_size=V, real_vocab_size=65)
         logits, loss = model(idx, targets, return_logits=False)

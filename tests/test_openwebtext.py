@@ -187,10 +187,11 @@ def test_parquet_without_its_package_says_what_to_install(bpe, folder, monkeypat
         prepare('--input=a.parquet')
 
 
-def test_many_files_are_listed_by_name(folder, monkeypatch):
+def test_many_files_are_listed_by_name(folder):
     for i in range(30):
         write(f'in/{i * 7 % 30:02}.txt', b'')
-    assert [os.path.basename(p) for p in owt.files_in('in')] == [f'{i:02}.txt' for i in range(30)]
+    found = [os.path.basename(path) for path in owt.files_in('in', limit=7)]
+    assert found == [f'{i:02}.txt' for i in range(30)]
 
 
 def test_the_split_depends_on_the_text_alone(bpe, folder):

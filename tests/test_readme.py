@@ -29,8 +29,9 @@ CONFIGS = {
     'export_hf.py': export_hf.ExportConfig,
 }
 READMES = sorted(glob.glob(os.path.join(ROOT, 'README*.md')))
-MADE = ('out', 'data/', 'ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'meta.', 'my.txt', 'train.bin',
-        'val.bin', 'test.bin', 'prompt.txt', 'wizard-hf', 'config.json', 'model.safetensors')
+MADE = ('out', 'data/', 'ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'meta.', 'my.txt',
+        'train.bin', 'val.bin', 'test.bin', 'prompt.txt', 'wizard-hf', 'config.json',
+        'model.safetensors')
 
 
 def text_of(path):
@@ -93,7 +94,8 @@ def test_commands_have_the_flags_they_are_given(readme):
 
 def test_flags_by_themselves_exist_somewhere(readme):
     known = {field.name for config in CONFIGS.values() for field in fields(config)}
-    torchrun = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
+    torchrun = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr',
+                'master_port'}
     for code in code_of(readme):
         if code.startswith('--'):
             for flag in re.findall(r'(?:^|(?<= ))--([\w-]+)', code):

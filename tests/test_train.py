@@ -11,12 +11,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import STORY, TINY, flags, script, steps
+from conftest import ROOT, STORY, TINY, flags, script, steps
 
+import export_hf
 import prepare_text
 import runtime
 import train
 from configurator import override
+from console import UserError
 from model import GPT, GPTConfig, build_model, load_checkpoint
 from train import TrainConfig
 
@@ -60,6 +62,19 @@ def test_a_run_from_the_shell_and_a_sample_of_it(tiny):
     first, second = sample.stdout.split('---------------\n')
     assert first.startswith('Dorothy') and second.startswith('Dorothy') and first != second
     assert len(first.strip('\n')) >= 30
+
+
+def test_the_wizards_config_learns_portuguese(folder):
+    text = os.path.join(ROOT, 'README.pt-BR.md')
+    assert script('prepare_text.py', text, '--dataset=pt').returncode == 0
+    config = os.path.join(ROOT, 'config', 'train_wizard_char.py')
+    done = script('train.py', config, '--dataset=pt', '--sample_start=Não', '--max_iters=60',
+                  '--eval_interval=60', '--out_dir=out', '--device=cpu', '--batch_size=4')
+    (_, _, before), (_, _, after) = steps(done.stdout)
+    assert before > 4 and after < 3, done.stderr
+    assert '  | Não' in done.stdout
+    sampled = script('sample.py', '--start=Você não está só: ação', '--max_new_tokens=20')
+    assert sampled.stdout.startswith('Você não está só: ação'), sampled.stderr
 
 
 def test_best_is_really_the_best(tiny, capsys):
@@ -282,3 +297,15 @@ def test_a_resumed_run_takes_the_settings_it_is_given(tiny):
     groups = load_checkpoint('out/ckpt.pt')['optimizer']['param_groups']
     assert [group['weight_decay'] for group in groups] == [0.7, 0.0]
     assert all(group['fused'] for group in groups)
+
+
+def test_a_bigram_goes_on_but_not_with_another_alphabet(tiny):
+    train.train(TrainConfig(**TINY | dict(model='bigram')))
+    more = TINY | dict(model='bigram', init_from='out', out_dir='more')
+    train.train(TrainConfig(**more | dict(block_size=8)))
+    prepare_text.prepare('zyx ' * 100, 'other')
+    with pytest.raises(UserError, match='bigram of another alphabet'):
+        train.train(TrainConfig(**more | dict(dataset='other')))
+    with pytest.raises(UserError, match='Bigram has no Hugging Face form'):
+        export_hf.main(['--out_dir=out', '--to=hf'])
+    assert not os.path.exists('hf') and not os.path.exists('hf.tmp')
