@@ -87,6 +87,9 @@ class GPTConfig:
 class LanguageModel(nn.Module):
     """What every model here can do once it has `forward(idx, targets, cache)`: write."""
 
+    # True: given targets, `forward` returns None for the logits, which may save much memory.
+    loss_only = False
+
     def new_cache(self, batch_size):
         """An empty memory for `forward` to fill, or None for a model that needs none."""
         return None
@@ -181,13 +184,13 @@ class Bigram(LanguageModel):
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
         nn.init.zeros_(self.table.weight)  # every next token is equally likely: loss ln V
 
-    def forward(self, idx, targets=None, cache=None, return_logits=True):
+    def forward(self, idx, targets=None, cache=None):
         """As `GPT.forward`; there is nothing to cache."""
         if targets is None:
             return self.table(idx[:, [-1]]), None
         logits = self.table(idx)
         loss = next_token_loss(logits[..., : self.config.real_vocab_size], targets)
-        return logits if return_logits else None, loss
+        return None if self.loss_only else logits, loss
 
     def flops_per_token(self):
         """The table is looked up, not multiplied."""
@@ -390,16 +393,16 @@ class GPT(LanguageModel):
         like = self.transformer.wpe.weight
         return [KVCache(batch_size, self.config, like) for _ in self.transformer.h]
 
-    def forward(self, idx, targets=None, cache=None, return_logits=True):
+    def forward(self, idx, targets=None, cache=None):
         """Predict the token after each of `idx`.
 
         idx: (B, T) int64 ids. targets: (B, T) int64, the ids that did come next, -1 where none
         counts. cache: from `new_cache`; `idx` then holds only the tokens not read before.
-        return_logits: false, with targets, gives None for logits, and may take far less memory.
 
         Returns (logits, loss). With targets: logits (B, T, vocab_size) and the mean cross-entropy
-        in nats, a float32 scalar. Without: the last position's logits, (B, 1, vocab_size), and
-        None. Raises ValueError if the context would be longer than block_size.
+        in nats, a float32 scalar; None and the loss if `loss_only`. Without: the last position's
+        logits, (B, 1, vocab_size), and None. Raises ValueError if the context would be longer than
+        block_size.
         """
         T = idx.size(1)
         start = cache[0].length if cache else 0
@@ -417,13 +420,14 @@ class GPT(LanguageModel):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         real = self.config.real_vocab_size
-        if not return_logits and targets.numel() * real > MAX_LOGITS:
+        if self.loss_only and targets.numel() * real > MAX_LOGITS:
             return None, ChunkedLoss.apply(
                 x.flatten(0, 1), self.lm_head.weight[:real], targets.flatten(),
                 torch.is_grad_enabled(),
             )
         logits = self.lm_head(x)
-        return logits if return_logits else None, next_token_loss(logits[..., :real], targets)
+        loss = next_token_loss(logits[..., :real], targets)
+        return None if self.loss_only else logits, loss
 
     def flops_per_token(self):
         """Floating-point operations to train on one token: forward and backward.

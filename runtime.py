@@ -161,7 +161,7 @@ def compile_or_eager(model, example, amp):
     try:
         compiled = torch.compile(model)
         with amp:
-            _, loss = compiled(*example, return_logits=False)
+            _, loss = compiled(*example)
         loss.backward()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split('\n')[0][:200]

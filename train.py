@@ -315,7 +315,7 @@ def evaluate(model, split, cfg, ranks, device, amp):
     losses, counts = [torch.zeros((), device=device)], [0]
     for x, y in evaluation_batches(split, cfg, ranks, device):
         with amp:
-            _, loss = model(x, y, return_logits=False)
+            _, loss = model(x, y)
         losses.append(loss)
         counts.append(y.numel())
     model.train()
@@ -477,6 +477,7 @@ def train(cfg):
         with console.blame_user():
             raw, checkpoint = starting_point(cfg, data)
         raw.to(device)
+        raw.loss_only = True  # nobody here looks at logits
         cfg = replace(cfg, gelu=raw.config.gelu)
         optimizer = make_optimizer(raw, cfg)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -561,7 +562,7 @@ def train(cfg):
                 if ranks.world_size > 1:  # gradients travel once, with the last micro-batch
                     model.require_backward_grad_sync = micro_step == micro_steps - 1
                 with amp:
-                    _, loss = model(x, y, return_logits=False)
+                    _, loss = model(x, y)
                     loss = loss / micro_steps
                 scaler.scale(loss).backward()
                 x, y = next(batches)  # read while the GPU is at work
