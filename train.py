@@ -26,13 +26,7 @@ import runtime
 from configurator import override
 from console import UsageError, UserError
 from model import (
-    GPT,
-    MODEL_SIZES,
-    Bigram,
-    GPTConfig,
-    build_model,
-    checkpoint_file,
-    is_pretrained,
+    GPT, MODEL_SIZES, Bigram, GPTConfig, build_model, checkpoint_file, is_pretrained,
     load_checkpoint,
 )
 from runtime import Monitor, Ranks, StopSignal

@@ -1,5 +1,5 @@
 # Tiny Shakespeare by characters, in 8 s from a standing start on two CPU cores with bf16, once
-# the dataset is there: a validation loss of 1.86 nats per character. One layer only.
+# the dataset is there: a validation loss of 1.86 nats per character (1.87 over the whole split).
 
 out_dir = 'out-shakespeare-quick'
 dataset = 'shakespeare_char'
