@@ -74,6 +74,12 @@ LOSSES = ['whole', 'in chunks', 'by torch']
 PREPARING = {'prepare characters, 50 MB': 'char', 'prepare gpt2 BPE, 10 MB': 'gpt2'}
 
 
+def machine(cfg):
+    """The torch device and dtype that the settings stand for."""
+    device = runtime.pick_device(cfg.device)
+    return device, runtime.pick_dtype(cfg.dtype, device)
+
+
 def make_datasets():
     """data/chars and data/ids in the current folder."""
     with open(STORY, encoding='utf-8') as file:
@@ -110,8 +116,7 @@ def bench_training(settings, updates, cfg):
 
 def bench_sampling(shape, prompt, new, samples, quantize, cfg):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
-    device = runtime.pick_device(cfg.device)
-    dtype = runtime.pick_dtype(cfg.dtype, device)
+    device, dtype = machine(cfg)
     runtime.tune(device)
     torch.manual_seed(0)
     model = ready(GPT(GPTConfig(**shape)), device, dtype, quantize)
@@ -127,8 +132,7 @@ def bench_sampling(shape, prompt, new, samples, quantize, cfg):
 
 def bench_loss(kind, cfg):
     """Tokens/s of the head and the loss of GPT-2, forward and backward, for 4096 tokens."""
-    device = runtime.pick_device(cfg.device)
-    dtype = runtime.pick_dtype(cfg.dtype, device)
+    device, dtype = machine(cfg)
     runtime.tune(device)
     x = torch.randn(4, 1024, 768, device=device, requires_grad=True)
     weight = torch.randn(50257, 768, device=device, requires_grad=True)
@@ -183,8 +187,7 @@ def run_row(function, args, results):
 def main(argv):
     cfg = override(BenchConfig(), argv, usage=__doc__)
     cfg.profile = os.path.abspath(cfg.profile) if cfg.profile else ''
-    device = runtime.pick_device(cfg.device)
-    dtype = runtime.pick_dtype(cfg.dtype, device)
+    device, dtype = machine(cfg)
     training = TRAINING | (TRAINING_CUDA if device.type == 'cuda' else {})
     rows = {name: (bench_training, (*row, cfg)) for name, row in training.items()}
     rows |= {name: (bench_sampling, (*row, cfg)) for name, row in SAMPLING.items()}

@@ -45,8 +45,8 @@ from typing import Callable, Iterator, NamedTuple
 
 import console
 from configurator import override
-from console import UsageError, UserError, atomic_file
-from prepare_text import HttpsOnly, check_name
+from console import UsageError, UserError
+from prepare_text import HttpsOnly, check_name, describe
 from tokenizer import GPT2Tokenizer
 
 URL = 'https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/'
@@ -539,18 +539,8 @@ class Output:
             with open(self.part(split), 'rb') as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        meta = {
-            'tokenizer': TOKENIZER.state(),
-            'vocab_size': TOKENIZER.vocab_size,
-            'source': source,
-            'sha256': digest.hexdigest(),
-            'tokens': {split: self.counts[split] for split in self.files},
-        }
-        for old in ('train.bin', 'test.bin'):  # while the files change there is no dataset
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self.folder, old))
-        with atomic_file(os.path.join(self.folder, 'meta.json')) as file:
-            file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
+        tokens = {split: self.counts[split] for split in self.files}
+        meta = describe(self.folder, TOKENIZER, source, digest.hexdigest(), tokens)
         for split in ('val', 'train'):
             os.replace(self.part(split), os.path.join(self.folder, f'{split}.bin'))
         os.remove(self.journal_path)

@@ -81,6 +81,25 @@ def check_name(dataset):
         )
 
 
+def describe(folder, tokenizer, source, sha256, tokens):
+    """Write meta.json for the files that come next, and return what it says.
+
+    train.bin and test.bin of before go: while the files change there is no dataset. tokens: how
+    many each split has, by its name.
+    """
+    meta = {
+        'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'source': source,
+        'sha256': sha256, 'tokens': tokens,
+    }
+    with atomic_file(os.path.join(folder, 'meta.json')) as file:
+        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
+        file.flush()  # if the disk is full, the files of before stay
+        for old in ('train.bin', 'test.bin'):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, old))
+    return meta
+
+
 def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, source=''):
     """Write the dataset `dataset` made of `text`; returns what meta.json says.
 
@@ -110,22 +129,12 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
     progress = Progress(len(text), f'encoding data/{dataset}:')
     ids = {name: encoder.encode(part, progress.advance).astype('<u2')
            for name, part in parts.items()}
-    meta = {
-        'tokenizer': encoder.state(),
-        'vocab_size': encoder.vocab_size,
-        'source': source,
-        'sha256': hashlib.sha256(text.encode()).hexdigest(),
-        'tokens': {name: len(part) for name, part in ids.items()},
-    }
     folder = os.path.join('data', dataset)
     with contextlib.ExitStack() as files:  # closes in reverse: train.bin appears last of all
         for name, part in ids.items():
             files.enter_context(atomic_file(os.path.join(folder, f'{name}.bin'))).write(part.data)
-        file = files.enter_context(atomic_file(os.path.join(folder, 'meta.json')))
-        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
-        for old in ('train.bin', 'test.bin'):  # while the files change there is no dataset
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, old))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        meta = describe(folder, encoder, source, sha256, {k: len(v) for k, v in ids.items()})
     counts = ', '.join(f'{len(part):,} {name}' for name, part in ids.items())
     progress.say(f'{folder}: {counts} tokens, {encoder.vocab_size:,} ids, from {source} '
                  f'in {time.perf_counter() - began:.1f} s')
@@ -139,8 +148,8 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def download(url, looks_right, limit=8 << 20, timeout=10):
-    """The bytes at an HTTPS address, at most `limit`; waits at most `timeout` seconds at a time.
+def download(url, looks_right, limit=8 << 20):
+    """The bytes at an HTTPS address, at most `limit`.
 
     looks_right: a function that tells the wanted file from, say, an HTML error page. Raises
     UserError.
@@ -149,7 +158,7 @@ def download(url, looks_right, limit=8 << 20, timeout=10):
         raise UserError(f'{url} is not HTTPS: not fetched')
     request = urllib.request.Request(url, headers={'User-Agent': 'ozgpt'})
     try:
-        with urllib.request.build_opener(HttpsOnly).open(request, timeout=timeout) as response:
+        with urllib.request.build_opener(HttpsOnly).open(request, timeout=10) as response:
             data = response.read(limit + 1)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error

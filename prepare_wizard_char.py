@@ -46,8 +46,7 @@ def main(argv):
     try:
         path = cfg.input or fetch(cfg.dataset, URL, is_the_book)
     except UserError as error:
-        print(f'{str(error).partition(": give")[0]}; '
-              'going on with the retelling that comes with ozGPT')
+        print(f'{error}; until then, the retelling that comes with ozGPT')
         path, source = RETOLD, 'data/oz_retold.txt'
     text = strip_gutenberg(read_text([path]))
     prepare(text, cfg.dataset, cfg.tokenizer, test_fraction=0.1, source=source)
