@@ -51,6 +51,23 @@ def test_attention_spelled_out_equals_torchs(dtype, tolerance):
     assert torch.allclose(some, attend(q, k, v)[:, :, 20:25], atol=tolerance)
 
 
+@pytest.mark.parametrize('most_logits', [8, 1 << 26])
+def test_compiled_as_one_graph_it_is_the_same(most_logits, monkeypatch):
+    monkeypatch.setattr('model.MAX_LOGITS', most_logits)
+    model, idx = small_gpt().train(), random_ids(3, 33)
+    model.loss_only = True
+
+    def loss_and_gradients(function):
+        model.zero_grad()
+        _, loss = function(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        return torch.cat([loss.view(1), *(p.grad.flatten() for p in model.parameters())])
+
+    # This backend needs no compiler, and runs what would be compiled.
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    assert torch.allclose(loss_and_gradients(compiled), loss_and_gradients(model), atol=1e-6)
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize('B', [3, 9])  # from 8 texts on, a bf16 cache is another one on a CPU
 @torch.no_grad()
