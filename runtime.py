@@ -120,9 +120,10 @@ def pack_linears(model):
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    gelu = module.gelu if name == 'c_fc' else None
-                    setattr(module, name, PackedLinear(child, gelu))
-                    if gelu:
+                    bend = getattr(module, 'gelu', None)
+                    fits = name == 'c_fc' and isinstance(bend, torch.nn.GELU)
+                    setattr(module, name, PackedLinear(child, bend if fits else None))
+                    if fits:
                         module.gelu = torch.nn.Identity()
 
 

@@ -84,10 +84,17 @@ def test_samples_side_by_side_equal_samples_alone(trained):
 
 
 @pytest.mark.parametrize('T', [1, 2, 20])
+@pytest.mark.parametrize('bend', [
+    torch.nn.GELU(), torch.nn.GELU(approximate='tanh'), torch.nn.ReLU(),  # one of the reader's own
+], ids=str)
 @torch.no_grad()
-def test_packed_matrices_give_the_same_logits(T):
+def test_packed_matrices_give_the_same_logits(T, bend):
+    torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=64))
     model.transformer.h[0].mlp.c_fc.bias.data.normal_()
+    for block in model.transformer.h:
+        block.mlp.gelu = bend
+        block.mlp.c_proj.weight.data *= 20  # so that the bend is seen in the logits
     model.to(torch.bfloat16)
     packed = sample.ready(copy.deepcopy(model), torch.device('cpu'), torch.bfloat16)
     if not any(isinstance(module, PackedLinear) for module in packed.modules()):
