@@ -1,6 +1,6 @@
-"""What a person meets: errors of one line, files that are whole, a progress line.
+"""What a script shows and leaves behind: errors of one line, whole files, a progress line.
 
-Nothing here needs torch, so that what has no use for it, preparing text say, starts at once.
+Nothing here imports torch, so that scripts which only prepare text start at once.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import time
 
 
 class UserError(Exception):
-    """Something that the user can mend: one line saying what is wrong, the value, the remedy."""
+    """What a user can correct: one line with what is wrong, the value, and what to do."""
 
     exit_code = 1
 
@@ -24,14 +24,14 @@ class UsageError(UserError):
 
 
 def run(main):
-    """Call a script's `main(argv)`: UTF-8 output everywhere, one line for what a user can mend."""
+    """Call a script's `main(argv)` with UTF-8 output; a UserError is printed as one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding='utf-8', errors='replace')
     try:
         try:
             sys.exit(main(sys.argv[1:]))
         finally:
-            if Progress.shown:  # what is said now begins below it
+            if Progress.on_screen:  # what is printed next starts on a line of its own
                 print(flush=True)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
@@ -39,15 +39,17 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        mute(sys.stdout)
+        discard(sys.stdout)
         sys.exit(0)
 
 
 @contextlib.contextmanager
-def blame_user():
-    """Inside, a ValueError, OSError or ImportError comes from what the user gave us."""
+def user_errors():
+    """Turn a ValueError, OSError or ImportError inside into a UserError."""
     try:
         yield
+    except BrokenPipeError:  # `run` handles it
+        raise
     except ImportError as error:
         raise UserError(f'{error}: pip install {error.name}') from None
     except (ValueError, OSError) as error:
@@ -56,99 +58,108 @@ def blame_user():
 
 @contextlib.contextmanager
 def atomic_file(path, mode='wb', **kwargs):
-    """Open a temporary file beside `path` that takes its place, on disk, when all went well.
+    """Open a temporary file beside `path` that replaces it, once on disk, when all went well.
 
     Whatever happens, `path` is the old file or the new one, whole. Raises UserError when the disk
     is full or the folder can't be written; then nothing is left behind.
     """
-    temporary = f'{path}.tmp'
+    temporary, folder = f'{path}.tmp', os.path.dirname(path) or '.'
     try:
-        try:
-            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            with open(temporary, mode, **kwargs) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
         if os.name == 'posix':  # the rename is on disk when the folder is
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            handle = os.open(folder, os.O_RDONLY)
             with contextlib.suppress(OSError):  # not every network file system can do that
-                os.fsync(folder)
-            os.close(folder)
+                os.fsync(handle)
+            os.close(handle)
     except OSError as error:
-        raise UserError(
-            f'cannot write {path} ({error.strerror}): free some space or choose another folder; '
-            'what was there before is untouched'
-        ) from error
+        raise UserError(f'cannot write {path} ({error.strerror}): free some space or choose '
+                        'another folder; what was there before is untouched') from error
+    finally:
+        with contextlib.suppress(OSError):  # after a success it is not there any more
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make `folder`, and keep other processes from writing there. Raises UserError if one does.
+
+    The lock ends with the process, however that ends. Where there are no such locks (Windows, some
+    network file systems) there is no protection. A new folder that stays empty is removed again.
+    """
+    is_new, handle = not os.path.isdir(folder), None
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the folder {folder} ({error.strerror}): choose another '
+                        'folder') from None
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'another process is writing into {folder}: wait for it, or '
+                                'choose another folder') from None
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if is_new:
+            with contextlib.suppress(OSError):  # it has files now
+                os.rmdir(folder)
 
 
 class Progress:
-    """One live line at the bottom of a terminal; plain lines in a file, a pipe or a dumb terminal.
+    """One live line at the bottom of a terminal; in a file or a pipe, a line every ten seconds."""
 
-    It has no colors, so there is nothing that NO_COLOR would have to turn off.
-    """
+    on_screen = False  # whether there is a live line now
 
-    shown = False  # whether there is a live line on the screen, the only one we have
-
-    def __init__(self, total, what='', stream=None, enabled=True):
-        self.total, self.what, self.done = total, what, 0
+    def __init__(self, enabled=True, stream=None):
         self.stream = stream or sys.stdout
         self.enabled = enabled
         self.live = enabled and self.stream.isatty() and os.environ.get('TERM') != 'dumb'
-        self.began = self.drawn = time.perf_counter()
+        self.shown = time.perf_counter()
 
-    @property
-    def due(self):
-        """Whether it is time to show something new: to an eye, or in a file that will be read."""
-        return time.perf_counter() - self.drawn > (0.1 if self.live else 10)
-
-    def say(self, text=''):
+    def say(self, text):
         """Print lines that stay."""
-        if self.enabled:
-            self.write(('\r\x1b[K' if Progress.shown else '') + text + '\n')
-            Progress.shown = False
+        self.write(('\r\x1b[K' if Progress.on_screen else '') + text + '\n')
+        Progress.on_screen = False
 
-    def update(self, done, parts, line=''):
-        """Show how far we are: a bar and the first `parts` that fit; in a file, `line`."""
-        if self.enabled and not self.live and line:
-            self.write(line + '\n')
-            self.drawn = time.perf_counter()
-        if self.live and self.due:
-            room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
-            while len(parts) > 1 and len(', '.join(parts)) > room - 6:
-                parts = parts[:-1]
-            text = ', '.join(parts)
-            cells = max(0, min(20, room - len(text) - 1))
-            full = round(cells * done / max(1, self.total))
-            text = ('━' * full + '╌' * (cells - full) + ' ' + text).strip()
-            self.write('\r' + text[:room] + '\x1b[K')
-            self.drawn = time.perf_counter()
-            Progress.shown = True
-
-    def advance(self, more):
-        """`more` of the total is done, in a job that has nothing to tell but how long it takes."""
-        self.done += more
-        if self.due:
-            left = (time.perf_counter() - self.began) * (self.total / self.done - 1)
-            parts = [f'{self.what} {self.done / self.total:.0%}', f'{clock(left)} left']
-            self.update(self.done, parts, line=', '.join(parts))
+    def show(self, share, text):
+        """Show a bar, `share` from 0 to 1 of it full, and `text`; cut to the terminal's width."""
+        if time.perf_counter() - self.shown < (0.1 if self.live else 10):
+            return
+        self.shown = time.perf_counter()
+        if not self.live:
+            self.say(text)
+            return
+        room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
+        cells = max(0, min(20, room - len(text) - 1))
+        full = round(cells * share)
+        line = ('━' * full + '╌' * (cells - full) + ' ' + text).strip()
+        self.write('\r' + line[:room] + '\x1b[K')
+        Progress.on_screen = True
 
     def write(self, text):
-        """A terminal that went away, or a pipe that was closed, is no reason to stop training."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            self.enabled = self.live = False
-            mute(self.stream)
+        """Write at once. If the terminal or the pipe is closed, the work goes on without it."""
+        if self.enabled:
+            try:
+                self.stream.write(text)
+                self.stream.flush()
+            except OSError:
+                self.enabled = self.live = False
+                discard(self.stream)
 
 
-def mute(stream):
-    """Let whatever is still written to `stream` go nowhere."""
+def discard(stream):
+    """Send what is still written to `stream` nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

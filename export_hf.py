@@ -3,18 +3,22 @@
     python export_hf.py --out_dir=out-wizard-char --to=wizard-hf
     python sample.py --init_from=wizard-hf --start="Dorothy"
 
-Whatever runs GPT-2 from such a folder runs this one: transformers and its server, vLLM and others.
+A GPT becomes a `gpt2`, a Llama a `llama`, or a `qwen3` if it has norms on queries and keys. What
+runs these from such folders runs this one: transformers and its server, vLLM and others.
 """
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
 
 import console
+from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError
+from llama import Llama
 from model import GPT
-from sample import SampleConfig, load
+from tokenizer import CharTokenizer, HuggingFaceTokenizer
 
 
 @dataclass
@@ -23,18 +27,86 @@ class ExportConfig:
     to: str = ''  # the folder to make
 
 
+def hugging_face_config(model, tokenizer):
+    """The config of transformers for `model`. Padding of the vocabulary is left out."""
+    import transformers
+
+    c, eot = model.config, tokenizer.eot
+    common = dict(vocab_size=tokenizer.vocab_size, bos_token_id=eot, eos_token_id=eot)
+    if isinstance(model, GPT):
+        return transformers.GPT2Config(
+            **common, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, activation_function='gelu_new' if c.gelu == 'tanh' else 'gelu',
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        )
+    cls = transformers.Qwen3Config if c.qk_norm else transformers.LlamaConfig
+    return cls(
+        **common, max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd,
+        head_dim=c.head_size, intermediate_size=c.n_hidden, rms_norm_eps=c.norm_eps,
+        rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+        tie_word_embeddings=c.tied,
+    )
+
+
+def hugging_face_tokenizer(tokenizer):
+    """The same as a tokenizers.Tokenizer."""
+    from tiktoken.load import read_file_cached
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return Tokenizer.from_str(tokenizer.json)
+    if isinstance(tokenizer, CharTokenizer):
+        # The token for unknown characters is itself unknown, so they are an error there as here.
+        vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+        theirs = Tokenizer(models.WordLevel(vocab, unk_token='<unknown>'))
+        theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        theirs.decoder = decoders.Fuse()
+        return theirs
+    # tiktoken made its tables of these two files, and keeps them. A line of the second is a merge.
+    vocab, merges = (
+        read_file_cached(f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}')
+        for name in ('encoder.json', 'vocab.bpe')
+    )
+    merges = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]
+    theirs = Tokenizer(models.BPE(json.loads(vocab), merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([AddedToken('<|endoftext|>', special=True)])
+    return theirs
+
+
+def export(model, tokenizer, folder):
+    """Write the folder. Raises UserError for a model without such a form, ImportError."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    if not isinstance(model, (GPT, Llama)):
+        raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
+    theirs = AutoModelForCausalLM.from_config(hugging_face_config(model, tokenizer))
+    ours = model.hugging_face_weights()
+    for name, weight in theirs.state_dict().items():
+        if name in ours:
+            weight.copy_(ours[name][: len(weight)])
+        else:
+            weight.zero_()  # a bias that our model doesn't have
+    theirs.save_pretrained(folder)
+    fast, eot = hugging_face_tokenizer(tokenizer), tokenizer.eot
+    names = () if eot is None else ('bos_token', 'eos_token')
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, model_max_length=model.config.block_size,
+        clean_up_tokenization_spaces=False, **{name: fast.id_to_token(eot) for name in names},
+    ).save_pretrained(folder)
+
+
 def main(argv):
     cfg = override(ExportConfig(), argv, usage=__doc__)
     if not cfg.to or os.path.exists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
-    model, tokenizer = load(SampleConfig(out_dir=cfg.out_dir))
-    if not isinstance(model, GPT):
-        raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     unfinished = f'{cfg.to}.tmp'
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        with console.blame_user():
-            model.save_pretrained(unfinished, tokenizer)
+        with console.user_errors():
+            export(*load_model(cfg.out_dir), unfinished)
             os.rename(unfinished, cfg.to)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,10 +1,10 @@
 """Draw the loss curves of one run, or of several in one picture.
 
     python plot_loss.py out-wizard-char              # makes loss.png
-    python plot_loss.py out-* --out=runs.svg         # compare runs
-    python plot_loss.py out-* --x=seconds            # or tokens, to compare by what they cost
+    python plot_loss.py out-* --x=seconds --out=runs.svg
 
-A run is a folder with the log.csv that train.py writes; it may be under way. Needs matplotlib.
+A run is a folder with a log.csv from train.py, which may still write to it. Where validation
+loss rises while training loss falls, the model overfits: it learns its text by heart.
 """
 
 import csv
@@ -16,131 +16,87 @@ import numpy as np
 
 import console
 from configurator import override
-from console import UsageError, UserError, atomic_file, blame_user
+from console import UsageError, UserError, atomic_file
 
-COLUMNS = 'iteration tokens seconds train_loss val_loss learning_rate'.split()
-# Runs differ in color, brightness, dashes and markers, so that print and every eye can tell them
-# apart. The colors are those of Okabe & Ito 2008, "Color Universal Design".
+X = ['iteration', 'tokens', 'epochs', 'seconds']
+COLUMNS = X + ['train_eval_loss', 'val_loss', 'learning_rate']
+# Colors that everybody can tell apart (Okabe & Ito 2008); dashes and markers are for gray print.
 COLORS = ['#0072b2', '#d55e00', '#000000', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']
-DASHES = ['-', '--', '-.', ':']
-MARKERS = ['o', 's', '^', 'D', 'v', 'P']
-LOOK = {
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-    'axes.axisbelow': True, 'grid.color': '#e4e4e4', 'legend.edgecolor': 'none',
-    'lines.linewidth': 1.6, 'lines.markersize': 5, 'svg.fonttype': 'none',  # text remains text
+LINES = [('-', 'o'), ('--', 's'), ('-.', '^'), (':', 'D')]
+STYLE = {
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'lines.markersize': 5,
+    'grid.color': '#e4e4e4', 'legend.frameon': False, 'svg.fonttype': 'none',  # text remains text
 }
 
 
 @dataclass
 class PlotConfig:
     out: str = 'loss.png'  # the picture: its name ends in .png or .svg
-    x: str = 'iteration'  # what runs to the right: iteration, tokens or seconds
+    x: str = 'iteration'  # the horizontal axis: iteration, tokens, epochs or seconds
 
 
 def read_log(folder):
-    """COLUMNS of a run's log.csv, (rows,) float64 each; nan where a cell is empty or infinite."""
-    path, rows, line = os.path.join(folder, 'log.csv'), [], 1
+    """COLUMNS of a run's log.csv, (rows,) float64 each; nan where a cell is empty."""
+    path = os.path.join(folder, 'log.csv')
     try:
         with open(path, newline='', encoding='utf-8') as file:
             reader = csv.DictReader(file)
-            for row in reader:
-                line = reader.line_num
-                if None not in row.values():  # a run that was killed may leave half a row
-                    rows.append([float(row[column] or 'nan') for column in COLUMNS])
+            rows = [[float(row[name] or 'nan') for name in COLUMNS]
+                    for row in reader if None not in row.values()]  # the last may be half written
     except OSError as error:
-        raise UserError(
-            f'cannot read {path} ({error.strerror}): name folders that train.py has written'
-        ) from None
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(
-            f'{path} is broken at line {line} ({type(error).__name__}: {error}): mend that line, '
-            'or leave this run out'
-        ) from None
+        raise UserError(f"cannot read {path} ({error.strerror}): name a run's folder") from None
+    except (KeyError, ValueError, csv.Error) as error:
+        raise UserError(f'{path} is broken at line {max(1, reader.line_num)} ({error}): '
+                        'repair that line, or leave this run out') from None
     if not rows:
         raise UserError(f'{path} is empty: wait for the first evaluation, or leave this run out')
-    table = np.array(rows).T
-    table[~np.isfinite(table)] = np.nan
-    return dict(zip(COLUMNS, table))
-
-
-def smooth(values, most=200):
-    """Means of neighbours, `most` of them at most; nan doesn't count. (N,) to (M,)."""
-    each = -(-len(values) // most)
-    padded = np.pad(values, (0, -len(values) % each), constant_values=np.nan)
-    return np.ma.masked_invalid(padded.reshape(-1, each)).mean(axis=1).filled(np.nan)
+    return dict(zip(COLUMNS, np.array(rows).T))
 
 
 def draw(folders, out, x='iteration'):
-    """Draw the runs in `folders` into the file `out`. Raises UserError.
-
-    The Figure is made without pyplot: whoever calls this keeps their backend and their settings.
-    """
-    ending = os.path.splitext(out)[1].lower()
-    if ending not in ('.png', '.svg'):
-        raise UsageError(f'out={out} ends neither in .png nor in .svg: say --out=loss.png')
-    if x not in ('iteration', 'tokens', 'seconds'):
-        raise UsageError(f'x={x} is not known: use iteration, tokens or seconds')
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    if len(set(names)) < len(names):
-        names = folders
+    """Draw the runs in `folders` into the file `out`. Raises UserError."""
+    if not out.lower().endswith(('.png', '.svg')):
+        raise UsageError(f'out={out} must end in .png or .svg: write --out=loss.png')
+    if x not in X:
+        raise UsageError(f'x={x} must be one of {", ".join(X)}')
     logs = [read_log(folder) for folder in folders]
-    with blame_user():
-        from matplotlib import style
+    with console.user_errors():  # without pyplot, so the caller's backend and settings stay
+        from matplotlib import style, ticker
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
-
-    with style.context(['default', LOOK]):
-        aside = len(logs) > 6  # the legend has to go beside the curves
-        figure = Figure(figsize=(12 if aside else 8, 5.5), dpi=150)
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
-        figure.subplots_adjust(left=0.88 / figure.get_figwidth(), right=0.62 if aside else 0.97,
-                               bottom=0.09, top=0.97, hspace=0.08)
-        legend = 'validation, ★ at its best; faint: training'
-        looks = zip(cycle(COLORS), cycle(DASHES), cycle(MARKERS))
-        for name, log, (color, dashes, marker) in zip(names, logs, looks):
-            line = dict(color=color, linestyle=dashes)
-            upper.plot(smooth(log[x]), smooth(log['train_loss']), **line, alpha=0.5, linewidth=0.9)
-            lower.plot(log[x], log['learning_rate'], **line, linewidth=1.2)
-            skipped = log[x][np.isnan(log['train_loss']) & np.isfinite(log['learning_rate'])]
-            if len(skipped):
-                legend = 'validation, ★ at its best; faint: training; ×: not finite'
-                upper.plot(skipped, np.ones(len(skipped)), 'x', color=color, clip_on=False,
-                           transform=upper.get_xaxis_transform())  # at the top of the panel
-            label = ' ' + name.replace('$', r'\$')  # $ starts a formula, _ hides it
-            there = np.isfinite(log['val_loss'])
-            at, val = log[x][there], log['val_loss'][there]
+    with style.context(['default', STYLE]):
+        figure = Figure(figsize=(8, 5), dpi=150)
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+        for folder, log, color, (dash, marker) in zip(folders, logs, cycle(COLORS), cycle(LINES)):
+            line = dict(color=color, linestyle=dash)
+            label = ' ' + os.path.normpath(folder).replace('$', r'\$')  # $ is math, first _ hides
+            known = np.isfinite(log['val_loss'])
+            at, train, val = (log[name][known] for name in (x, 'train_eval_loss', 'val_loss'))
             if len(val):
-                best = at[val.argmin()], val.min()
                 label += f', best {val.min():.4f}'
-                upper.plot(*best, '*', color=color, markeredgecolor='white', markersize=14,
-                           zorder=3)
-                if len(logs) == 1:  # of several, the figures might lie on top of each other
-                    upper.annotate(f'{val.min():.4f}', best, (0, 9), textcoords='offset points',
-                                   ha='center', bbox=dict(color='white', alpha=0.8, pad=1))
+                upper.scatter(at[val.argmin()], val.min(), 150, color, marker='*', zorder=3)
             upper.plot(at, val, **line, marker=marker, markevery=len(val) // 30 + 1, label=label)
-        round_steps = dict(steps=[1, 2, 5, 10])
+            upper.plot(at, train, **line, linewidth=1, alpha=0.6)
+            lower.plot(log[x], log['learning_rate'], **line)
         upper.set(yscale='log', ylabel='loss (nats per token)')
-        upper.yaxis.set_major_locator(MaxNLocator(9, **round_steps))
-        upper.yaxis.set_major_formatter('{x:g}')
-        upper.yaxis.set_minor_locator(NullLocator())
-        upper.legend(title=legend, alignment='left', loc='upper left' if aside else 'upper right',
-                     bbox_to_anchor=(1, 1))
-        lower.set(xlabel=x, ylabel='learning rate')
-        lower.set_ylim(bottom=0)
-        lower.yaxis.set_major_locator(MaxNLocator(2, **round_steps))
-        lower.yaxis.set_major_formatter('{x:g}')
-        lower.xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1, **round_steps))
-        lower.xaxis.set_major_formatter(EngFormatter(sep=''))
+        upper.minorticks_off()
+        ticks = ticker.LogLocator(subs=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8])  # of each power of ten
+        upper.yaxis.set(major_locator=ticks, major_formatter='{x:g}')
+        upper.legend(title='with markers: validation, ★ at its best; thin: training', ncols=2,
+                     alignment='left', loc='lower left', bbox_to_anchor=(0, 1))  # hides no curve
+        lower.set(xlabel=x, ylabel='learning rate', ylim=(0, None))
+        if x != 'epochs':
+            lower.locator_params(axis='x', integer=True, min_n_ticks=1)
+            lower.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))  # 20k, 3M
         figure.align_ylabels()
         with atomic_file(out) as file:
-            figure.savefig(file, format=ending[1:])
+            figure.savefig(file, format=out[-3:].lower(), bbox_inches='tight')  # with the legend
 
 
 def main(argv):
     folders = [arg for arg in argv if not arg.startswith('-')]
     cfg = override(PlotConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     if not folders:
-        raise UsageError('which runs? python plot_loss.py out-*')
+        raise UsageError('no run is named: write python plot_loss.py out-*')
     draw(folders, cfg.out, cfg.x)
     print(f'{cfg.out}: the curves of {", ".join(folders)}')
 

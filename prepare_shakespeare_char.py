@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import console
 from configurator import override
-from prepare_text import check_name, fetch, prepare, read_text
+from prepare_text import fetch, prepare, read_text
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
@@ -22,14 +22,9 @@ class ShakespeareConfig:
     input: str = ''  # a file to use instead of downloading
 
 
-def is_shakespeare(data):
-    return data.startswith(b'First Citizen:') and len(data) == 1_115_394
-
-
 def main(argv):
     cfg = override(ShakespeareConfig(), argv, usage=__doc__)
-    check_name(cfg.dataset)
-    path = cfg.input or fetch(cfg.dataset, URL, is_shakespeare)
+    path = cfg.input or fetch(cfg.dataset, URL, lambda data: len(data) == 1_115_394)
     prepare(read_text([path]), cfg.dataset, cfg.tokenizer, source=cfg.input or URL)
 
 

@@ -4,8 +4,7 @@
     python prepare_wizard_char.py --input=FILE # takes your copy
 
 Without a network it takes data/oz_retold.txt, a retelling in new words that comes with ozGPT:
-180,561 train, 22,570 val and 22,571 test tokens of 68 characters. meta.json says which text it
-was.
+180,561 train, 22,570 val and 22,571 test tokens of 68 characters. meta.json says which it was.
 """
 
 import os
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 
 import console
 from configurator import override
-from console import UserError
-from prepare_text import check_name, fetch, prepare, read_text
+from dataset import check_name
+from prepare_text import fetch, prepare, read_text
 
 URL = 'https://www.gutenberg.org/cache/epub/55/pg55.txt'
 RETOLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')
@@ -25,10 +24,6 @@ class WizardConfig:
     dataset: str = 'wizard_char'  # files go to data/<dataset>
     tokenizer: str = 'char'  # or gpt2
     input: str = ''  # a file to use instead of downloading
-
-
-def is_the_book(data):
-    return b'*** START OF TH' in data and data.count(b'Dorothy') > 100
 
 
 def strip_gutenberg(text):
@@ -44,10 +39,10 @@ def main(argv):
     check_name(cfg.dataset)
     source = cfg.input or URL
     try:
-        path = cfg.input or fetch(cfg.dataset, URL, is_the_book)
-    except UserError as error:
+        path = cfg.input or fetch(cfg.dataset, URL, lambda data: data.count(b'Dorothy') > 100)
+    except console.UserError as error:
         print(f'{error}; until then, the retelling that comes with ozGPT')
-        path, source = RETOLD, 'data/oz_retold.txt'
+        source, path = 'data/oz_retold.txt', RETOLD
     text = strip_gutenberg(read_text([path]))
     prepare(text, cfg.dataset, cfg.tokenizer, test_fraction=0.1, source=source)
 

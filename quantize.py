@@ -1,10 +1,11 @@
-"""Weights in 8 bits instead of 32: a quarter of the memory, and of the reading for each token.
+"""Forms of a model for sampling only: weights in 8 bits, or packed for a CPU's bf16 products.
 
     python sample.py --out_dir=out-wizard-char --quantize=int8
 
-Every row of a matrix is stored as whole numbers from -127 to 127 and one scale, the row's largest
-magnitude over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without the
-outliers). Activations keep their dtype. For writing only: such a model cannot be trained.
+In 8 bits, weights take a quarter of float32's memory, and of the reading for each token. Every row
+of a matrix is stored as whole numbers from -127 to 127 and one scale, the row's largest magnitude
+over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without the outliers).
+Activations keep their dtype. Neither form can be trained.
 """
 
 import torch
@@ -12,18 +13,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from console import UserError
-from model import GPT
 
 
 class Int8Matrix(nn.Module):
-    """A quantized weight, rows * scale: `rows` (out, in) in int8, `scale` (out,)."""
+    """A quantized weight, rows * scale: `rows` (out, in) in int8, `scale` (out,).
+
+    By itself it is an nn.Embedding, which may share its weight with the head's Int8Linear.
+    """
 
     def __init__(self, weight, dtype):
         super().__init__()
         scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-        rows = (weight.float() / scale[:, None]).round().to(torch.int8)
-        self.register_buffer('rows', rows)
+        self.register_buffer('rows', (weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer('scale', scale.to(dtype))
+
+    def forward(self, idx):
+        """(B, T) ids to (B, T, in)."""
+        return self.rows[idx] * self.scale[idx, None]
 
 
 class Int8Linear(nn.Module):
@@ -37,43 +43,114 @@ class Int8Linear(nn.Module):
         """(..., in) to (..., out), in the dtype of x."""
         rows, scale = self.matrix.rows, self.matrix.scale
         flat = x.reshape(-1, x.size(-1))
-        if flat.size(0) <= 4 and x.dtype == torch.bfloat16 and x.device.type in ('cpu', 'cuda'):
+        fits = x.dtype == torch.bfloat16 and x.device.type in ('cpu', 'cuda')
+        if fits and flat.size(0) <= 4 and flat.size(1) % 32 == 0:  # it reads whole blocks of 32
             # Reads the int8 rows as they are, which is what takes the time for a few tokens; from
             # some 8 tokens on a product in bf16 is faster, even if the rows are converted first.
-            y = torch._weight_int8pack_mm(flat, rows, scale)
-        else:
-            y = F.linear(flat, rows.to(x.dtype)) * scale
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+            y = torch._weight_int8pack_mm(flat.contiguous(), rows, scale).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, rows.to(x.dtype) * scale[:, None], self.bias)
 
 
-class Int8Embedding(nn.Module):
-    """nn.Embedding over an Int8Matrix, the same one that predicts."""
-
-    def __init__(self, matrix):
-        super().__init__()
-        self.matrix = matrix
-
-    def forward(self, idx):
-        """(B, T) ids to (B, T, n_embd)."""
-        return self.matrix.rows[idx] * self.matrix.scale[idx, None]
+def layers(model, kind):
+    """Every layer of a type: the module that it is in, its name there, and itself."""
+    return [(module, name, child) for module in model.modules()
+            for name, child in module.named_children() if isinstance(child, kind)]
 
 
 def quantize_int8(model):
-    """Replace all matrices of a GPT by 8-bit ones, in place, and return it.
-
-    Raises UserError for a model without them, such as the bigram.
-    """
-    if not isinstance(model, GPT):
-        raise UserError(
-            f'a {type(model).__name__} has no matrices to quantize: leave out --quantize'
-        )
-    dtype = model.lm_head.weight.dtype
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child is not model.lm_head:
-                setattr(module, name, Int8Linear(Int8Matrix(child.weight, dtype), child.bias))
-    tied = Int8Matrix(model.lm_head.weight, dtype)
-    model.lm_head = Int8Linear(tied, None)
-    model.transformer.wte = Int8Embedding(tied)
+    """Replace all matrices of a model by 8-bit ones, in place; returns it, or raises UserError."""
+    if not model.blocks:
+        raise UserError(f'a {type(model).__name__} has no matrices: leave out --quantize')
+    matrices = {}  # by the weight, since the embedding may share the head's
+    for module, name, layer in layers(model, (nn.Linear, nn.Embedding)):
+        if name == 'wpe':  # the positions are few weights
+            continue
+        new = Int8Matrix(layer.weight, layer.weight.dtype)
+        matrix = matrices.setdefault(layer.weight, new)
+        is_linear = isinstance(layer, nn.Linear)
+        setattr(module, name, Int8Linear(matrix, layer.bias) if is_linear else matrix)
     return model
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear with its weight in the order that oneDNN's bf16 product on a CPU reads.
+
+    nn.Linear rearranges its weight at every call, which takes longer than the product for a few
+    tokens. A GELU is applied to what comes out, which saves a pass over it.
+    """
+
+    def __init__(self, linear, gelu=None):
+        super().__init__()
+        self.then = ('gelu', [], gelu.approximate) if gelu else ('none', [], '')
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """(..., in) to (..., out), both bf16."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
+
+
+def pack_linears(model):
+    """Replace every nn.Linear by a PackedLinear, in place, if torch and the processor can."""
+    onednn = torch.ops.mkldnn
+    if not hasattr(onednn, '_linear_pointwise') or not onednn._is_mkldnn_bf16_supported():
+        return
+    for module, name, layer in layers(model, nn.Linear):
+        gelu = getattr(module, 'gelu', None) if name == 'c_fc' else None
+        fits = isinstance(gelu, nn.GELU)
+        setattr(module, name, PackedLinear(layer, gelu if fits else None))
+        if fits:
+            module.gelu = nn.Identity()
+
+
+def ready(model, device, dtype, quantize='', compiled=False):
+    """Bring a model, in place, into the form that samples fastest on `device`; returns it."""
+    model.to(device, dtype).eval()
+    if quantize == 'int8':
+        quantize_int8(model)
+    elif device.type == 'cpu' and dtype == torch.bfloat16 and not compiled:
+        pack_linears(model)  # torch.compile arranges the matrices itself
+    return model
+
+
+MAX_LOGITS = 1 << 26  # 256 MB in float32: where there would be more, the loss goes in chunks
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """`next_token_loss` of the logits x @ weight^T, taken for `size` tokens at a time.
+
+    x: (N, C), weight: (V, C), targets: (N,) int64, -1 where none counts; returns a float32 scalar.
+
+    Where V is large, the logits of all tokens are the largest tensor of a training step. Here the
+    gradients of a chunk are computed with its loss, and its logits are dropped.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, size=1024):
+        learning = x.requires_grad
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        total = torch.zeros((), device=x.device)
+        counted = (targets != -1).float()
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(x), size):
+            chunk = slice(start, start + size)
+            logits = (x[chunk] @ weight.T).float()
+            total += F.cross_entropy(logits, targets[chunk], ignore_index=-1, reduction='sum')
+            if learning:
+                # The gradient by a logit is its probability, less 1 if it is the target's.
+                error = F.softmax(logits, dim=-1) * counted[chunk, None]
+                place = targets[chunk, None].clamp(min=0)
+                error = error.scatter_add(1, place, -counted[chunk, None]).to(x.dtype)
+                dx[chunk] = error @ weight
+                dweight += error.T @ x[chunk]
+        count = counted.sum().clamp(min=1)
+        ctx.save_for_backward(dx, dweight, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight, count = ctx.saved_tensors
+        return dx.float() * (grad / count), dweight * (grad / count), None, None

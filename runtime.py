@@ -1,26 +1,32 @@
 """The machine room, so that train.py stays the algorithm.
 
-The device, its precision and its peak; the process group; checkpoints on disk; signals; the log
-of a run and what it tells.
+The device, its precision and its peak; many processes, their weights copied or sharded; signals;
+the log of a run.
 """
 
+import atexit
 import contextlib
 import csv
 import ctypes
-import gc
-import importlib.util
+import io
 import os
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from console import Progress, UsageError, UserError, atomic_file, blame_user, clock
+from console import UsageError, UserError, user_errors
 
 # --- device and precision
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def pick_device(name):
@@ -30,31 +36,19 @@ def pick_device(name):
             return torch.device('cuda')
         return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        device = torch.device(name)
-    except RuntimeError:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f'device={name!r} is no device: use auto, cpu, cuda, cuda:1 or mps'
+            f'device={name!r} is not on this machine ({shorten(str(error), 80)}): '
+            'use auto, cpu, cuda, cuda:1 or mps, say --device=cpu'
         ) from None
-    there = {
-        'cpu': 1,
-        'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        'mps': int(torch.backends.mps.is_available()),
-    }.get(device.type, 0)
-    if (device.index or 0) >= there:
-        raise UsageError(
-            f'device={name!r} is not on this machine, which has {there} of that type: '
-            'use --device=auto or --device=cpu'
-        )
-    return device
-
-
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def pick_dtype(name, device):
     """The torch dtype for `dtype`: 'auto' takes what the hardware multiplies natively."""
     if name != 'auto' and name not in DTYPES:
-        raise UsageError(f'dtype={name!r} is not supported: use auto, {", ".join(DTYPES)}')
+        raise UsageError(f'dtype={name!r} must be one of auto, {", ".join(DTYPES)}')
     if name == 'float16' and device.type == 'cpu':
         raise UsageError("dtype='float16' needs a GPU: use bfloat16 or float32 on cpu")
     if name != 'auto':
@@ -62,19 +56,10 @@ def pick_dtype(name, device):
     if device.type == 'cuda':
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    if device.type == 'cpu' and cpu_has_bf16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def cpu_has_bf16():
-    """Whether this processor has bf16 instructions (x86 or Arm, as Linux tells)."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-            flags = set(file.read().split())
-    except OSError:
-        return False
-    return bool(flags & {'avx512_bf16', 'amx_bf16', 'bf16'})
+    # Before torch 2.10 the processor's instructions can't be asked for.
+    has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+    native = any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
+    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device, dtype):
@@ -82,99 +67,60 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def tune(device):
-    """Make the fast way the default, once at start-up."""
+def tune(device, shard=False):
+    """Make the fast way the default, once at start-up; returns a warning, or ''."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
-    if device.type == 'cpu' and sys.platform == 'linux':
+    if device.type != 'cpu':
+        return ''
+    if sys.platform == 'linux':
         # glibc hands every large block back to the kernel and faults it in again, zeroed, on the
-        # next step. Keeping freed memory trains a small model 26 % faster, a larger one 12 %.
+        # next step. Keeping freed memory trains faster.
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: allocate below 1 GB from the heap,
-            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and do not shrink the heap
+            # Shards gather and free weights all the time, which would fragment such a heap.
+            mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
+            mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: what it keeps
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    busy = min(cores, round(os.getloadavg()[0])) if hasattr(os, 'getloadavg') else 0
+    free = cores - busy
+    if free < threads > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        return (f'{busy} of {cores} cores were busy with other work in the last minute: if that '
+                f'goes on, OMP_NUM_THREADS={max(1, free)} is faster')
+    return ''
 
 
-class PackedLinear(torch.nn.Module):
-    """nn.Linear with its weight in the order that oneDNN's bf16 product on a CPU reads.
-
-    nn.Linear rearranges its weight at every call. Without that, a call takes half the time for one
-    token and 0.7 of it for 16. A GELU is applied to what comes out, which saves a pass and makes
-    a small model 8 % faster. For writing only: such a model cannot be trained.
-    """
-
-    def __init__(self, linear, gelu=None):
-        super().__init__()
-        self.then = ('gelu', [], gelu.approximate) if gelu else ('none', [], '')
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x):
-        """(..., in) to (..., out), both bf16."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
-
-
-def pack_linears(model):
-    """Replace every nn.Linear by a PackedLinear, in place, if torch and the processor can."""
-    onednn = torch.ops.mkldnn
-    if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    bend = getattr(module, 'gelu', None)
-                    fits = name == 'c_fc' and isinstance(bend, torch.nn.GELU)
-                    setattr(module, name, PackedLinear(child, bend if fits else None))
-                    if fits:
-                        module.gelu = torch.nn.Identity()
-
-
-def prepare_machine(cfg, ranks):
-    """Settle the device and the dtype of a run, and refuse an out_dir that cannot be."""
-    device = pick_device(cfg.device)
-    if device.type == 'cuda' and ranks.world_size > 1:
-        device = torch.device('cuda', ranks.local_rank)
-        torch.cuda.set_device(device)
-    if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
-        raise UsageError(f'out_dir={cfg.out_dir} is a file: choose another folder')
-    tune(device)
-    return device, pick_dtype(cfg.dtype, device)
+@contextlib.contextmanager
+def out_of_memory(remedy):
+    """Turn any failure to get memory inside into a UserError of one line that ends in `remedy`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        text = str(error)
+        signs = ('out of memory', 'not enough memory', 'allocate memory', 'unable to allocate')
+        if not isinstance(error, MemoryError) and not any(s in text.lower() for s in signs):
+            raise
+        start = max(text.lower().find('tried to allocate'), 0)
+        asked = shorten(text[start:].split('. ')[0] or 'no reason given', 100)
+        raise UserError(f'not enough memory ({asked}): {remedy}') from None
 
 
 # bf16 peaks in TFLOP/s, dense, from the vendors' datasheets; MFU is the share of it that we use.
 PEAK_TFLOPS = {
     'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L4': 121,
-    'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71,
+    'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71, 'T4': 65,
 }
-PEAK_TFLOPS_FP16 = {'T4': 65}
 
 
-def peak_flops(device, dtype, override=0.0):
-    """FLOP/s that this device could do at most, or None where it is not known."""
-    if override:
-        return override * 1e12
-    if device.type != 'cuda':
-        return None
-    name = torch.cuda.get_device_name(device)
-    table = PEAK_TFLOPS if dtype in (torch.bfloat16, torch.float16) else {}
-    if dtype == torch.float16:
-        table = table | PEAK_TFLOPS_FP16
-    words = f' {name} '.replace('-', ' ')
-    return next((t * 1e12 for known, t in table.items() if f' {known} ' in words), None)
-
-
-def compile_or_eager(model, example, amp):
-    """torch.compile(model), tried out on the training batch `example`; `model` if that fails."""
-    try:
-        compiled = torch.compile(model)
-        with amp:
-            _, loss = compiled(*example)
-        loss.backward()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).split('\n')[0][:200]
-        print(f'torch.compile failed ({reason}): going on without it; '
-              '--compile=false says so at once')
-        compiled = model
-    model.zero_grad(set_to_none=True)
-    return compiled
+def peak_flops(device, dtype, tflops=0.0):
+    """FLOP/s that this device could do at most, or 0 where it is not known."""
+    if tflops:
+        return tflops * 1e12
+    if device.type != 'cuda' or dtype not in (torch.bfloat16, torch.float16):
+        return 0
+    words = f' {torch.cuda.get_device_name(device)} '.replace('-', ' ')
+    if ' MIG ' in words or ' NVL ' in words or (' T4 ' in words and dtype != torch.float16):
+        return 0  # a slice of a card, or another card under the same name
+    return next((t * 1e12 for name, t in PEAK_TFLOPS.items() if f' {name} ' in words), 0)
 
 
 # --- many processes
@@ -209,8 +155,11 @@ class Ranks:
         dist.init_process_group(backend)
         try:
             yield
-        finally:
-            dist.destroy_process_group()
+        except SystemExit as stop:  # all ranks stop here
+            # gloo's threads sometimes keep Python from ending, until torchrun kills it.
+            atexit.register(lambda code=stop.code: (sys.stdout.flush(), os._exit(code)))
+            raise
+        dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
     def sum(self, tensor):
         """`tensor`, summed over the ranks, in place."""
@@ -226,17 +175,123 @@ class Ranks:
         """Whether `flag` is true on any rank; on the CPU side, so that nobody waits for a GPU."""
         return self.sum(torch.tensor(float(flag))).item() > 0 if self.world_size > 1 else flag
 
+    def from_main(self, value):
+        """Rank 0's `value`, a plain object, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
-# --- files and signals
+
+def settle(cfg, ranks):
+    """The device and the dtype of a run, and a warning to show, or ''."""
+    device = pick_device(cfg.device)
+    if device.type == 'cuda' and ranks.world_size > 1:
+        device = torch.device('cuda', ranks.local_rank)
+        torch.cuda.set_device(device)
+    return device, pick_dtype(cfg.dtype, device), tune(device, getattr(cfg, 'shard', False))
 
 
-def save(path, checkpoint):
-    """Write a checkpoint, atomically. Raises UserError, see `atomic_file`."""
-    with atomic_file(path) as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports that the file took no more bytes
-            raise OSError(28, str(error).split('\n')[0]) from error
+def compiled(raw, cfg, device, amp, example):
+    """The model by torch.compile, if `cfg` or the device ask for it; if that fails, as it is.
+
+    Whether it fails shows at the first use: here, on the training batch `example`.
+    """
+    if not (cfg.compile or (cfg.compile is None and device.type == 'cuda')):
+        return raw
+    try:
+        model = torch.compile(raw)
+        with amp:
+            _, loss = model(*example, loss_only=True)
+        loss.backward()
+    except Exception as error:
+        reason = shorten(str(error).strip() or type(error).__name__, 200)
+        print(f'torch.compile failed ({reason}): going on without it; '
+              '--compile=false says so at once')
+        model = raw
+    raw.zero_grad(set_to_none=True)
+    return model
+
+
+def build(cls, config, weights, device, shard, seed):
+    """The model `cls(config)` on `device`, with `weights` by name, or drawn from `seed` if None.
+
+    With `shard`, each rank makes and keeps only its part of every weight, of a gradient, and of
+    what an optimizer keeps (FSDP; ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054). Only rank 0
+    needs `weights`; whole weights exist one at a time. The numbers are the same either way.
+    """
+    torch.manual_seed(seed)
+    if not shard:
+        model = cls(config)
+        torch.manual_seed(seed)  # building the modules has drawn numbers too
+        model.init_weights() if weights is None else model.load_state_dict(weights)
+        return model.to(device)
+    with torch.device('meta'):
+        model = cls(config)
+    for module in (*model.blocks, model):
+        fully_shard(module)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # so that shared weights stay one
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        whole = torch.empty(p.shape)
+        if weights is None:
+            model.init_parameter(name, whole)
+        elif dist.get_rank() == 0:
+            whole = weights[name]
+        p.data.copy_(like(whole, p))
+    return model
+
+
+def like(tensor, p):
+    """`tensor`, from rank 0, where and as the weight `p` is: on its device, sharded as it is."""
+    if isinstance(p, DTensor):
+        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
+    return tensor.to(p.device)
+
+
+def whole(value):
+    """`value`, a tensor or nested dicts and lists, with all that is sharded gathered.
+
+    All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead.
+    """
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 or not full.dim() else None
+
+
+def whole_weights(model):
+    """The state dict of `model` with whole tensors, see `whole`; shared weights stay shared."""
+    state = model.state_dict(keep_vars=True)
+    gathered = {p: whole(p.detach()) for p in dict.fromkeys(state.values())}
+    return {name: gathered[p] for name, p in state.items()}
+
+
+def local(tensor):
+    """This rank's part of `tensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def wrap(model, ranks, shard):
+    """The model with its gradients averaged over the ranks; a sharded one does that by itself."""
+    if ranks.world_size == 1 or shard:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def sync_gradients(model, sync):
+    """Set whether the next backward pass averages gradients over the ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = sync
+
+
+# --- signals
 
 
 class StopSignal:
@@ -245,6 +300,9 @@ class StopSignal:
     A second Ctrl-C exits at once; under torchrun, which repeats the one that the terminal has sent
     to every process already, not within the same second.
     """
+
+    def __init__(self, speaks):
+        self.speaks = speaks  # one of several processes does
 
     def __enter__(self):
         self.received = 0
@@ -261,185 +319,73 @@ class StopSignal:
             os._exit(128 + number)
         if not self.received:
             self.received, self.at = number, now
+            if self.speaks:  # os.write, since print may be what was interrupted
+                with contextlib.suppress(OSError):
+                    os.write(1, b'\nfinishing this iteration, then saving; '
+                                b'Ctrl-C again to quit without\n')
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-# --- what a run tells
-
-# Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
-UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\ufffd')
-
-LOG_COLUMNS = (
-    'iteration tokens epochs train_loss train_eval_loss val_loss learning_rate grad_norm skipped '
-    'tokens_per_s mfu seconds'
-).split()
+# --- the log of a run
 
 
-class CsvLog:
-    """`log.csv`: one row per logged iteration, in a file that a resumed run continues.
+class Log:
+    """`log.csv`, one row per logged iteration, and Weights & Biases if asked for.
 
-    Rows from iteration `start` on were written by a run that got further than its last checkpoint;
-    they are dropped, and will be written again.
+    The rows of a new run wait in memory until `open`, so that nothing of a former run is touched
+    before there is something to keep. A resumed run goes on at `position`, which its checkpoint
+    has: what was written after that is cut off, and will be written again.
     """
 
-    def __init__(self, path, columns, start):
-        rows = []
-        if start > 0 and os.path.exists(path):
-            with open(path, newline='', encoding='utf-8', errors='replace') as file:
-                rows = [row for row in csv.DictReader(file) if self.counts(row, columns, start)]
-        with atomic_file(path, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, columns, extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(rows)
-        self.seconds = float(rows[-1]['seconds']) if rows else 0.0
-        self.file = open(path, 'a', newline='', encoding='utf-8')
-        self.writer = csv.DictWriter(self.file, columns)
+    columns = ('iteration tokens epochs train_loss train_eval_loss val_loss learning_rate '
+               'grad_norm skipped tokens_per_s mfu seconds').split()
 
-    @staticmethod
-    def counts(row, columns, start):
-        """Whether a row is whole, and from before iteration `start`."""
-        whole = all(row.get(column) is not None for column in columns)
-        return whole and row['iteration'].isdigit() and int(row['iteration']) < start
-
-    def write(self, **row):
-        try:
-            self.writer.writerow(row)
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f'cannot write {self.file.name} ({error.strerror}): free some space, '
-                            'then go on with --init_from=resume') from None
-
-    def close(self):
-        self.file.close()
-
-
-class Monitor:
-    """What a training run tells: the progress line, log.csv, wandb, and the clock behind them."""
-
-    def __init__(self, cfg, ranks, device, dtype, model, epoch_tokens, start):
-        self.cfg, self.device, self.epoch_tokens = cfg, device, epoch_tokens
-        self.tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-        peak = peak_flops(device, dtype, cfg.peak_tflops)
-        self.mfu_per_rate = model.flops_per_token() / (peak * ranks.world_size) if peak else None
-        self.progress = Progress(cfg.max_iters, enabled=ranks.is_main)
-        self.enabled = ranks.is_main
-        self.log = self.wandb = None
-        if self.enabled and cfg.wandb_log:
-            with blame_user():
+    def __init__(self, cfg, ranks, position=None):
+        self.path = os.path.join(cfg.out_dir, 'log.csv')
+        self.is_main, self.file, self.wandb = ranks.is_main, io.StringIO(), None
+        self.is_waiting = position is None
+        self.began = time.perf_counter() - (position or {}).get('seconds', 0.0)
+        if self.is_main and cfg.wandb_log:
+            with user_errors():
                 import wandb
             self.wandb = wandb.init(
                 project=cfg.wandb_project, name=cfg.wandb_run_name, config=vars(cfg)
             )
-        if self.enabled:
-            self.log = CsvLog(os.path.join(cfg.out_dir, 'log.csv'), LOG_COLUMNS, start)
-        self.draws = self.enabled and importlib.util.find_spec('matplotlib') is not None
-        self.losses = {}  # of the evaluation at this iteration, if there was one
-        self.start = start
-        self.began = self.since = time.perf_counter()
-        self.iterations = 0  # since the last logged one
-        what = f'{model.num_params():,} parameters, {self.tokens:,} tokens an iteration'
-        self.progress.say(f'{cfg.dataset}: {epoch_tokens:,} train tokens; {cfg.model} of {what}; '
-                          f'{device} in {str(dtype).removeprefix("torch.")}')
+        if position is not None:
+            self.open(position.get('bytes'))
+        elif self.is_main:
+            csv.writer(self.file).writerow(self.columns)
 
-    @contextlib.contextmanager
-    def pause(self):
-        """Time spent inside is not training time."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
+    def open(self, size=0):
+        """Write to the file from now on, after its first `size` bytes (None: after all)."""
+        self.is_waiting = False
+        if not self.is_main or not isinstance(self.file, io.StringIO):
+            return
+        waiting = self.file.getvalue()
+        self.file = open(self.path, 'a', newline='', encoding='utf-8')
+        self.file.truncate(min(size, self.file.tell()) if size is not None else None)
+        if not self.file.tell() and not waiting:
+            csv.writer(self.file).writerow(self.columns)
+        self.file.write(waiting)
 
-    def evaluated(self, it, losses, improved):
-        self.losses = losses
-        self.progress.say(
-            f'step {it}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}'
-            + (' (the best so far)' if improved else '')
-        )
+    def position(self):
+        """What a checkpoint keeps of the log, to go on from there."""
+        self.file.flush()
+        return {'bytes': self.file.tell(), 'seconds': time.perf_counter() - self.began}
 
-    def show(self, make_text, *args):
-        """Print the text that `make_text` makes; if it fails, say so and go on."""
+    def write(self, row):
+        """Add a row, a dict of some of `columns`. Raises UserError if the disk is full."""
+        if not self.is_main:
+            return
+        row['seconds'] = round(time.perf_counter() - self.began, 3)
         try:
-            text = make_text(*args)
-        except Exception as error:
-            text = f'(no sample: {error})'
-        text = text.translate(UNPRINTABLE)
-        self.progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
-
-    def trained(self, it, loss, norm, rate, optimizer):
-        """Take note of update `it`; returns whether its figures were looked at."""
-        self.iterations += 1
-        now = time.perf_counter()
-        logged = it % self.cfg.log_interval == 0 or bool(self.losses)
-        free = self.device.type == 'cpu'  # to look costs nothing: no GPU has to be waited for
-        if logged or (free and self.progress.live and self.progress.due):
-            loss = loss.item()
-            now = time.perf_counter()
-            per_iteration = (now - self.since) / self.iterations
-            speed = self.tokens / per_iteration
-            mfu = speed * self.mfu_per_rate if self.mfu_per_rate else None
-            left = (now - self.began) / (it + 1 - self.start) * (self.cfg.max_iters - it - 1)
-            epochs = it * self.tokens / self.epoch_tokens
-            parts = [f'{clock(left)} left', f'{speed:,.0f} tok/s', f'epoch {epochs:.2f}']
-            parts += [f'mfu {mfu:.1%}'] if mfu else []
-            line = [f'iter {it}: loss {loss:.4f}', f'time {1e3 * per_iteration:.2f}ms', *parts]
-            self.progress.update(
-                it + 1, [f'iter {it}', f'loss {loss:.4f}', *parts],
-                line=', '.join(line) if it % self.cfg.log_interval == 0 else '',
-            )
-        if logged:
-            step = next(iter(optimizer.state.values()))['step']  # updates that were really made
-            self.since, self.iterations = now, 0
-            self.write(
-                it, train_loss=loss, learning_rate=rate, grad_norm=norm.item(),
-                skipped=it + 1 - int(step), tokens_per_s=round(speed), mfu=mfu and round(mfu, 4),
-            )
-        return logged or free
-
-    def write(self, it, **figures):
-        """A row of log.csv, and of wandb; if it has an evaluation, a new loss.png too."""
-        if self.enabled:
-            evaluation = {'train_eval_loss': 'train', 'val_loss': 'val'}
-            row = {
-                'iteration': it, 'tokens': it * self.tokens,
-                'epochs': it * self.tokens / self.epoch_tokens, **figures,
-                **{column: self.losses.get(split) for column, split in evaluation.items()},
-                'seconds': round(self.log.seconds + time.perf_counter() - self.began, 3),
-            }
-            self.log.write(**row)
-            if self.wandb:
-                self.wandb.log({k: v for k, v in row.items() if v is not None}, step=it)
-            if self.losses:
-                self.draw()
-        self.losses = {}
-
-    def draw(self):
-        """loss.png, from what log.csv has by now. If that fails, say so, once, and go on."""
-        if self.draws:
-            with self.pause():
-                try:
-                    import plot_loss  # here, since it brings matplotlib, and imports this module
-
-                    path = os.path.join(self.cfg.out_dir, 'loss.png')
-                    plot_loss.draw([self.cfg.out_dir], path)
-                    gc.collect(1)  # a figure refers to itself; without this, many pile up
-                except Exception as error:
-                    self.draws = False
-                    self.progress.say(f'(no loss.png from here on: {error})')
-
-    def stopped(self, it):
-        self.progress.say(
-            f'stopped at iteration {it}; {os.path.join(self.cfg.out_dir, "ckpt.pt")} is saved: '
-            'to go on, the same command with --init_from=resume'
-        )
-
-    def finished(self, it, best_val_loss):
-        """The last row, and what to do next."""
-        self.write(it)
-        seconds = time.perf_counter() - self.began
-        self.progress.say(
-            f'best val loss {best_val_loss:.4f} after {clock(seconds)}, weights in '
-            f'{os.path.join(self.cfg.out_dir, "best.pt")}\n'
-            f'now: python sample.py --out_dir={self.cfg.out_dir}'
-        )
+            csv.DictWriter(self.file, self.columns).writerow(row)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f'cannot write {self.path} ({error.strerror}): free some space, '
+                            'then go on with --init_from=resume') from None
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iteration'])

@@ -7,8 +7,6 @@
 The samples are written side by side; the first one is shown as it comes.
 """
 
-import json
-import os
 import sys
 from dataclasses import dataclass
 
@@ -16,11 +14,12 @@ import torch
 
 import console
 import runtime
+from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError
-from model import GPT, build_model, is_pretrained, load_checkpoint
-from quantize import quantize_int8
-from tokenizer import GPT2Tokenizer, tokenizer_from, tokenizer_of
+from model import sample_from, stream
+from quantize import ready
+from tokenizer import prompt_ids
 
 
 @dataclass
@@ -41,58 +40,22 @@ class SampleConfig:
     compile: bool = False  # torch.compile: slow to start, faster for very long texts
 
     def __post_init__(self):
-        for name in ('num_samples', 'max_new_tokens', 'top_k'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f'{name} is {value}: it must be at least 1')
+        for name in ('num_samples', 'max_new_tokens'):
+            if getattr(self, name) < 1:
+                raise UsageError(f'{name} is {getattr(self, name)}: it must be at least 1')
         if self.quantize not in ('', 'int8'):
-            raise UsageError(f'quantize={self.quantize!r} is not known: use int8, or leave it out')
-        if not self.temperature >= 0:
-            raise UsageError(f'temperature is {self.temperature}: it must be 0 (greedy) or above')
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f'top_p is {self.top_p}: it must be above 0 and at most 1')
-
-
-def load(cfg):
-    """The model and the tokenizer that `cfg` asks for."""
-    source = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-    with console.blame_user():
-        if is_pretrained(source):
-            return GPT.from_pretrained(source), tokenizer_of(source)
-        checkpoint = load_checkpoint(source)
-        if not checkpoint.get('tokenizer'):
-            checkpoint['tokenizer'] = tokenizer_elsewhere(checkpoint, source)
-        return build_model(checkpoint), tokenizer_from(checkpoint['tokenizer'])
-
-
-def tokenizer_elsewhere(checkpoint, source):
-    """nanoGPT's checkpoints hold no tokenizer: take the dataset's, or GPT-2's if the size is."""
-    dataset = checkpoint.get('config', {}).get('dataset', '')
-    meta = os.path.join('data', dataset, 'meta.json')
-    if os.path.exists(meta):
-        with open(meta, encoding='utf-8') as file:
-            return json.load(file)['tokenizer']
-    if checkpoint['model_args']['vocab_size'] >= GPT2Tokenizer.vocab_size:
-        return GPT2Tokenizer().state()
-    raise UserError(
-        f'{source} holds no tokenizer and there is no {meta}: prepare that dataset first'
-    )
-
-
-def ready(model, device, dtype, quantize='', pack=True):
-    """Bring a model, in place, into the form that writes fastest on `device`; returns it."""
-    model.to(device, dtype).eval()
-    if quantize == 'int8':
-        quantize_int8(model)
-    elif pack and device.type == 'cpu' and dtype == torch.bfloat16:
-        runtime.pack_linears(model)
-    return model
+            raise UsageError(f'quantize={self.quantize!r} must be int8, or be left out')
+        try:
+            sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def read_prompt(start):
     """The text that the setting `start` stands for."""
     if start == '-':
         data, source = sys.stdin.buffer.read(), 'standard input'
+        data = data.removesuffix(b'\n').removesuffix(b'\r')  # which echo adds
     elif start.startswith('FILE:'):
         source = start.removeprefix('FILE:')
         try:
@@ -101,7 +64,7 @@ def read_prompt(start):
         except OSError as error:
             raise UserError(f'cannot read the prompt {source} ({error.strerror})') from None
     else:
-        return start
+        return start.replace('\\n', '\n')  # as a shell passes on what --help shows
     try:
         return data.decode('utf-8-sig').replace('\r\n', '\n')
     except UnicodeDecodeError as error:
@@ -111,28 +74,24 @@ def read_prompt(start):
 class Text:
     """One text that grows token by token, up to the stop string if there is one."""
 
-    def __init__(self, start, decoder, stop):
-        self.text = start
-        self.decoder, self.stop = decoder, stop
-        self.searched = self.shown = len(start)
+    def __init__(self, start, decode, stop):
+        self.text, self.decode, self.stop = start, decode, stop
+        self.start = self.shown = len(start)
         self.done = False
 
     def add(self, token):
         """Take one more id."""
-        if self.done:
-            return
-        self.text += self.decoder(token)
-        if self.stop:
-            end = self.text.find(self.stop, self.searched)
+        if not self.done:
+            self.text += self.decode(token)
+            end = self.text.find(self.stop, self.start) if self.stop else -1
             if end >= 0:
                 self.text, self.done = self.text[:end], True
-            # what could be the beginning of the stop string has to wait
-            self.searched = max(self.searched, len(self.text) - len(self.stop) + 1)
 
     def new(self, final=False):
-        """What has come since the last call and is sure to stay."""
-        end = len(self.text) if final or self.done or not self.stop else self.searched
-        new, self.shown = self.text[self.shown : end], max(end, self.shown)
+        """What has come since the last call; what may begin the stop string has to wait."""
+        waiting = 0 if final or self.done else max(0, len(self.stop) - 1)
+        new = self.text[self.shown : len(self.text) - waiting]
+        self.shown += len(new)
         return new
 
 
@@ -142,26 +101,30 @@ def main(argv):
     dtype = runtime.pick_dtype(cfg.dtype, device)
     runtime.tune(device)
     prompt = read_prompt(cfg.start)
-    model, tokenizer = load(cfg)
-    # torch.compile cannot look into packed matrices, and arranges them itself.
-    ready(model, device, dtype, cfg.quantize, pack=not cfg.compile)
+    with (
+        console.user_errors(),
+        runtime.out_of_memory(f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'),
+    ):
+        write(cfg, prompt, device, dtype)
+
+
+def write(cfg, prompt, device, dtype):
+    """Print `num_samples` texts that go on from `prompt`."""
+    model, tokenizer = load_model(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)
+    ready(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
-
-    ids = tokenizer.encode(prompt).tolist()
-    if not ids:
-        if not isinstance(tokenizer, GPT2Tokenizer):
-            raise UsageError('the prompt is empty: give at least one character with --start=TEXT')
-        ids = [tokenizer.eot]
-    if len(ids) > model.config.block_size:
-        print(f'the prompt has {len(ids)} tokens; '
-              f'the model reads the last {model.config.block_size}', file=sys.stderr)
+    ids, block_size = prompt_ids(tokenizer, prompt), model.config.block_size
+    if len(ids) > block_size:
+        print(f'the prompt has {len(ids)} tokens; the model reads the last {block_size}',
+              file=sys.stderr)
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     texts = [Text(prompt, tokenizer.decoder(), cfg.stop) for _ in range(cfg.num_samples)]
     print(prompt, end='', flush=True)
-    for tokens in model.stream(
-        idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator
+    for tokens in stream(
+        model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
+        tokenizer.vocab_size,
     ):
         for text, token in zip(texts, tokens.flatten().tolist()):
             text.add(token)

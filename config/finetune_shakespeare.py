@@ -5,7 +5,6 @@
 init_from = 'gpt2-xl'
 out_dir = 'out-shakespeare'
 dataset = 'shakespeare'
-prepare = 'prepare_shakespeare_char.py --dataset=shakespeare --tokenizer=gpt2'
 
 eval_interval = 5
 eval_iters = 40

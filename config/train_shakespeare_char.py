@@ -5,7 +5,6 @@
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-prepare = 'prepare_shakespeare_char.py'
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 

@@ -1,9 +1,8 @@
-# Tiny Shakespeare by characters, as well as a minute and a half on two CPU cores with bf16 allows:
-# 1.557 nats per character over the whole validation split, after 82 s.
+# Tiny Shakespeare by characters, as well as two CPU cores with bf16 and a GPT allow in one and a
+# half to three minutes: a validation loss of 1.546 nats per character, after 177 s on slow cores.
 
 out_dir = 'out-shakespeare-cpu'
 dataset = 'shakespeare_char'
-prepare = 'prepare_shakespeare_char.py'
 
 eval_interval = 920
 eval_iters = 25

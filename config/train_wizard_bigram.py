@@ -1,9 +1,9 @@
 # The baseline that attention has to beat: each character guessed from the one before it alone.
-# 4 seconds on two CPU cores. Expect a validation loss of 2.344 nats per character.
+# Seconds on two CPU cores. Expect a validation loss of 2.342 nats per character on the retelling,
+# 2.329 on the book.
 
 out_dir = 'out-wizard-bigram'
 dataset = 'wizard_char'
-prepare = 'prepare_wizard_char.py'
 model = 'bigram'
 
 eval_interval = 100

@@ -1,16 +1,21 @@
 """What the tests share: a folder to work in, a small dataset, the scripts as real processes."""
 
+import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import prepare_text
+from console import Progress
 
-torch.set_num_threads(1)  # the models here are too small to share
+os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: the models here are too small to share
+torch.set_num_threads(1)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STORY = os.path.join(ROOT, 'data', 'oz_retold.txt')
@@ -21,6 +26,13 @@ TINY = dict(
     n_layer=2, n_head=2, n_embd=32, learning_rate=1e-2, warmup_iters=2, max_iters=6,
     eval_interval=3, eval_iters=2, log_interval=1, sample_tokens=8, device='cpu', dtype='float32',
 )
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than these trainings do, so only its own tests do it."""
+    if request.module.__name__ != 'test_plot':
+        monkeypatch.setattr('plot_loss.draw', lambda *_: None)
 
 
 @pytest.fixture
@@ -48,7 +60,7 @@ def script(name, *args, processes=1, input=None, env=None, timeout=120):
     command = [sys.executable]
     if processes > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    environment = os.environ | {'OMP_NUM_THREADS': '1'} | (env or {})
+    environment = os.environ | (env or {})
     for _ in range(3):
         result = subprocess.run(
             [*command, os.path.join(ROOT, name), *args], input=input, capture_output=True,
@@ -58,6 +70,48 @@ def script(name, *args, processes=1, input=None, env=None, timeout=120):
         if processes == 1 or 'SIGABRT' not in result.stderr:
             break
     return result
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def train_together(cfg, processes=2):
+    """Train in several processes without torchrun: forked, since torch is loaded here already.
+
+    They are told that each machine has two of them.
+    """
+    import train
+
+    def work(rank, port):
+        os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank % 2),
+                       'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
+                       'MASTER_PORT': str(port)}
+        train.train(cfg)
+
+    context, port = multiprocessing.get_context('fork'), free_port()
+    ranks = [context.Process(target=work, args=(rank, port)) for rank in range(processes)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0] * processes
+
+
+def validation_loss(model, cfg):
+    """The loss of a model on the val split, as train.py computes it."""
+    import runtime
+    import train
+
+    cpu, ranks = torch.device('cpu'), runtime.Ranks()
+    split = train.Dataset(cfg.dataset, ranks).splits['val']
+    return train.evaluate(
+        model, train.evaluation_batches(split, cfg, ranks, cpu),
+        runtime.autocast(cpu, torch.float32), ranks, stop=types.SimpleNamespace(received=0),
+        progress=Progress(enabled=False))
 
 
 def steps(output):

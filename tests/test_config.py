@@ -32,12 +32,12 @@ def test_files_and_flags_apply_from_left_to_right(folder):
     ('true', True), ('True', True), ('1', True), ('false', False), ('False', False), ('0', False),
 ])
 def test_truth_has_many_spellings(text, value):
-    assert settings(f'--eval_only={text}').eval_only is value
+    assert settings(f'--wandb_log={text}').wandb_log is value
     assert settings(f'--compile={text}').compile is value
 
 
 def test_bare_flags_dashes_and_none():
-    assert settings('--eval_only').eval_only is True
+    assert settings('--wandb_log').wandb_log is True
     assert settings('--eval-interval=7').eval_interval == 7
     assert settings('--compile=none').compile is None
     assert settings('--lr_decay_iters=None').lr_decay_iters is None
@@ -45,7 +45,8 @@ def test_bare_flags_dashes_and_none():
 
 
 @pytest.mark.parametrize('argument, words', [
-    ('--bach_size=3', "'batch_size'"), ('--qqqqqq=1', '--help'),
+    ('--bach_size=3', "'batch_size'"), ('--qqqqqq=1', '--help'), ('--bs=3', "'batch_size'"),
+    ('--lr=1', "'learning_rate'"), ('--wd=1', "'weight_decay'"), ('--prepare=x.py', 'prepare is'),
     ('--batch_size=big', 'whole number'), ('--batch_size=1.5', 'whole number'),
     ('--learning_rate=fast', 'a number'), ('--batch_size', '='),
     ('--compile=perhaps', 'true or false'), ('missing.py', 'missing.py'),
@@ -58,8 +59,10 @@ def test_wrong_arguments_are_named(folder, argument, words):
 
 
 @pytest.mark.parametrize('source, words', [
-    ('bach_size = 3', "'batch_size'"), ('batch_size = 1.5', '1.5'), ('batch_size = True', 'True'),
-    ('compile = "yes"', 'yes'), ('out_dir = 3', 'a text'), ('learning_rate = "1"', 'a number'),
+    ('bach_size = 3', "'batch_size'"), ('lr = 1', "'learning_rate'"),
+    ('batch_size = 1.5', '1.5'), ('batch_size = True', 'True'), ('compile = "yes"', 'yes'),
+    ('out_dir = 3', 'a text'), ('learning_rate = "1"', 'a number'),
+    ('learning_rate = True', 'a number'), ('compile = 2', 'true or false'),
     ('x = = 3', 'SyntaxError'), ('1 / 0', 'ZeroDivisionError'), ('def f(): pass', "'f'"),
 ])
 def test_wrong_override_files_are_named(folder, source, words):
@@ -67,6 +70,16 @@ def test_wrong_override_files_are_named(folder, source, words):
     with pytest.raises(UsageError, match=words) as error:
         settings('wrong.py')
     assert 'wrong.py' in str(error.value)
+
+
+def test_a_file_is_looked_for_beside_the_scripts_too(folder):
+    path = os.path.join('config', 'train_wizard_bigram.py')
+    assert settings(path).model == 'bigram'
+    (folder / 'config').mkdir()
+    (folder / path).write_text('model = "gpt"\n')
+    assert settings(path).model == 'gpt'
+    with pytest.raises(UsageError, match="cannot read the config file 'config/none.py' .No such"):
+        settings('config/none.py')
 
 
 def test_nanogpts_override_files_run_unchanged(folder):

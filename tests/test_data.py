@@ -4,15 +4,19 @@ import io
 import json
 import os
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, STORY
 
 import prepare_text
+import prepare_shakespeare_char
 import prepare_wizard_char
-import train
-from console import UserError
+from console import UsageError, UserError
+from dataset import Dataset, Split, evaluation_batches, training_batches
+from tokenizer import tokenizer_from
 
 
 def ids_of(name, split):
@@ -88,6 +92,58 @@ def test_wizard_without_a_network(folder, monkeypatch, capsys):
     assert meta['tokens'] == {'train': 180561, 'val': 22570, 'test': 22571}
 
 
+def test_a_wrong_name_is_refused_before_a_download(folder):
+    for script in (prepare_wizard_char, prepare_shakespeare_char):
+        with pytest.raises(UsageError, match='--dataset'):
+            script.main(['--dataset=../x'])
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-be', 'latin1'])
+def test_a_file_that_is_not_utf_8_is_told_its_encoding(folder, encoding):
+    text = ('\ufeff' if encoding == 'utf-16-be' else '') + 'café'
+    (folder / 'my.txt').write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=f'iconv -f {encoding[:6]} -t utf-8') as raised:
+        prepare_text.read_text(['my.txt'])
+    assert '\n' not in str(raised.value)
+
+
+def test_too_many_characters_for_16_bits(folder):
+    chars = ''.join(map(chr, range(0x20000, 0x30001)))
+    with pytest.raises(UserError, match='65,537 ids.*char .*gpt2'):
+        prepare_text.prepare(chars, 'x')
+    meta = prepare_text.prepare(chars[:-1], 'x')
+    assert meta['vocab_size'] == 65536 and ids_of('x', 'train')[-1] == 65536 * 9 // 10 - 1
+
+
+def test_a_hugging_face_tokenizer(folder, capsys):
+    from test_tokenizer import make_folder
+
+    make_folder('hf')
+    (folder / 'my.txt').write_text('the lion and the tin man walked on\n' * 300)
+    prepare_text.main(['my.txt', '--dataset=my', '--tokenizer=hf'])
+    meta = json.load(open('data/my/meta.json'))
+    tokenizer = tokenizer_from(meta['tokenizer'])
+    text = tokenizer.decode(ids_of('my', 'train') + ids_of('my', 'val'))
+    assert meta['tokenizer']['type'] == 'huggingface' and tokenizer.eot is not None
+    assert text == (folder / 'my.txt').read_text() and len(ids_of('my', 'train')) < len(text) / 2
+    assert capsys.readouterr().out.count('\n') == 1
+
+
+def test_a_vocabulary_beyond_16_bits_is_refused(folder):
+    from test_tokenizer import make_folder
+
+    make_folder('hf', extra=65_536)
+    with pytest.raises(UserError, match='tokenizer hf are more than 65,536.*gpt2') as raised:
+        prepare_text.prepare('the lion ' * 100, 'my', 'hf')
+    assert '\n' not in str(raised.value) and not os.path.exists('data/my')
+
+
+@pytest.mark.parametrize('name', ['bert', '', './nowhere', 'a/b/c'])
+def test_an_unknown_tokenizer_is_refused(folder, name):
+    with pytest.raises(UsageError, match=f"tokenizer '{name}' is not known.*gpt2"):
+        prepare_text.prepare('the lion ' * 100, 'my', name)
+
+
 BOOK = (
     '\ufeffThe Project Gutenberg eBook\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n'
     + '“Dorothy’s dog,” she said.\r\n' * 200
@@ -102,8 +158,8 @@ class Answer(io.BytesIO):
 def test_wizard_from_the_web_is_stripped_and_kept(folder, monkeypatch):
     calls = []
 
-    def answer(self, request, timeout):
-        calls.append((request.full_url, timeout))
+    def answer(self, url, timeout):
+        calls.append((url, timeout))
         return Answer(BOOK.encode())
 
     monkeypatch.setattr(urllib.request.OpenerDirector, 'open', answer)
@@ -128,28 +184,77 @@ def test_the_story_that_ships_is_whole():
     assert '\r' not in text and '"' not in text and text.count('“') == text.count('”')
 
 
+ALONE = SimpleNamespace(
+    rank=0, local_rank=0, world_size=1, is_main=True, any=lambda flag: flag
+)
+CPU = torch.device('cpu')
+
+
+def settings(**changes):
+    return SimpleNamespace(**dict(
+        seed=1, batch_size=3, block_size=16, gradient_accumulation_steps=4, eval_iters=0,
+    ) | changes)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
 def test_batches_are_windows_of_the_file(tiny):
-    split = train.Split('data/tiny/train.bin', 256)
+    split = Split('data/tiny/train.bin', 256)
     ids = ids_of('tiny', 'train')
-    offsets = split.random_offsets((1, 2), 50, 16)
-    x, y = split.batch(offsets, 16, train.torch.device('cpu'))
+    offsets = [0, 5, len(ids) - 17]  # the last window is used too
+    x, y = split.batch(offsets, 16, CPU)
+    assert x.shape == y.shape == (3, 16) and x.dtype == torch.int64
     for row, offset in enumerate(offsets):
         assert x[row].tolist() == ids[offset : offset + 16]
         assert y[row].tolist() == ids[offset + 1 : offset + 17]
-    assert (split.random_offsets((1, 2), 50, 16) == offsets).all()
-    assert (split.random_offsets((1, 3), 50, 16) != offsets).any()
-    every = split.random_offsets((0, 0), 300_000, 16)
-    assert every.min() == 0 and every.max() == len(ids) - 17  # the last window is used too
+
+
+def test_training_batches_follow_from_seed_and_iteration(tiny):
+    split, cfg = Split('data/tiny/train.bin', 256), settings()
+    two = take(training_batches(split, cfg, ALONE, CPU, 0), 8)  # two iterations of four
+    resumed = take(training_batches(split, cfg, ALONE, CPU, 1), 4)
+    for (x, y), (again_x, again_y) in zip(two[4:], resumed):
+        assert (x == again_x).all() and (y == again_y).all()
+    assert (two[0][0] != two[4][0]).any()
+    other = take(training_batches(split, settings(seed=2), ALONE, CPU, 0), 1)
+    assert (two[0][0] != other[0][0]).any()
+    ids = ids_of('tiny', 'train')
+    for x, y in two:
+        assert (x[:, 1:] == y[:, :-1]).all()
+        starts = [i for i in range(len(ids) - 16) if ids[i : i + 16] == x[0].tolist()]
+        assert starts and y[0, -1] in [ids[i + 16] for i in starts]
+
+
+def test_the_ranks_share_the_batches_of_one_process(tiny):
+    split, cfg = Split('data/tiny/train.bin', 256), settings()
+    alone = take(training_batches(split, cfg, ALONE, CPU, 3), 4)
+    ranks = [SimpleNamespace(rank=rank, world_size=2) for rank in range(2)]
+    both = [batch for r in ranks for batch in take(training_batches(split, cfg, r, CPU, 3), 2)]
+    for (x, _), (shared, _) in zip(alone, both, strict=True):
+        assert (x == shared).all()
+
+
+@pytest.mark.parametrize('world_size', [1, 3])
+def test_an_evaluation_of_the_whole_split_sees_every_token_once(tiny, world_size):
+    split = Split('data/tiny/val.bin', 256)
+    targets, counts = [], set()
+    for rank in range(world_size):
+        ranks = SimpleNamespace(rank=rank, world_size=world_size)
+        batches = list(evaluation_batches(split, settings(), ranks, CPU))
+        targets += [int(i) for _, y, _ in batches for i in y.flatten() if i >= 0]
+        counts.add(len(batches))
+    assert len(counts) == 1 and sorted(targets) == sorted(ids_of('tiny', 'val')[1:])
 
 
 def test_a_missing_dataset_names_its_script(folder):
     with pytest.raises(UserError, match='prepare_text.py'):
-        train.Dataset(train.TrainConfig(dataset='nowhere'), train.Ranks())
+        Dataset('nowhere', ALONE)
 
 
-def test_a_missing_dataset_is_made_by_its_script(folder, capfd):
-    cfg = train.TrainConfig(
-        dataset='mine', block_size=8, prepare=f'prepare_text.py {STORY} --dataset=mine'
-    )
-    assert train.Dataset(cfg, train.Ranks()).splits['train'].tokens > 100_000
+def test_a_missing_dataset_is_made_by_its_script(folder, monkeypatch, capfd):
+    monkeypatch.setattr('dataset.PREPARE', {'mine': f'prepare_text.py {STORY} --dataset=mine'})
+    dataset = Dataset('mine', ALONE)
+    assert dataset.splits['train'].tokens > 100_000 and dataset.source == 'oz_retold.txt'
     assert os.path.exists(os.path.join(ROOT, 'prepare_text.py'))

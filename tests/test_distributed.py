@@ -2,17 +2,18 @@
 
 import csv
 import os
-import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, STORY, TINY, flags, script, steps
+from conftest import ROOT, STORY, TINY, flags, free_port, script, steps, train_together
 
-from model import load_checkpoint
+import dataset
+import train
+from checkpoint import load_checkpoint
+from console import UserError
 
-RUN = TINY | dict(gradient_accumulation_steps=4, max_iters=20, eval_interval=10)
+RUN = TINY | dict(gradient_accumulation_steps=4, max_iters=20, eval_interval=10, sample_tokens=0)
 
 
 def losses(folder):
@@ -22,40 +23,34 @@ def losses(folder):
 
 
 @pytest.mark.parametrize('processes', [2, 4])
-def test_many_processes_equal_one(tiny, processes):
-    alone = script('train.py', *flags(**RUN | dict(out_dir='alone')))
-    together = script('train.py', *flags(**RUN | dict(out_dir='many')), processes=processes)
-    assert alone.returncode == together.returncode == 0, together.stderr
-    assert together.stdout.count('step 20:') == 1  # one process speaks
-    assert [it for it, *_ in steps(together.stdout)] == [0, 10, 20]
+def test_many_processes_equal_one(tiny, capfd, processes):
+    train.train(train.TrainConfig(**RUN | dict(out_dir='alone')))
+    capfd.readouterr()
+    train_together(train.TrainConfig(**RUN | dict(out_dir='many')), processes)
+    out, err = capfd.readouterr()
+    assert out.count('step 20:') == 1  # one process speaks
+    assert [it for it, *_ in steps(out)] == [0, 10, 20]
     for one, many in zip(losses('alone'), losses('many'), strict=True):
         assert many == pytest.approx(one, rel=1e-5)
     assert load_checkpoint('many/ckpt.pt')['model'].keys() == (
         load_checkpoint('alone/ckpt.pt')['model'].keys())
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tiny):
-    result = script('train.py', *flags(**RUN | dict(gradient_accumulation_steps=3)), processes=2)
-    assert result.returncode == 1
-    assert 'gradient_accumulation_steps=3' in result.stderr and '4 can' in result.stderr
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+def test_a_batch_that_cannot_be_shared_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='steps=3 .* 4 can, and batch_size=3 keeps the size'):
+        train.train(train.TrainConfig(**RUN | dict(gradient_accumulation_steps=3)))
 
 
 def two_nodes(arguments):
-    """Run train.py as two nodes of two processes: (exit codes, outputs)."""
+    """Run train.py as two nodes of one process: (exit codes, outputs)."""
     port = free_port()
     nodes = [
         subprocess.Popen(
             [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={rank}',
-             '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}',
+             '--nproc_per_node=1', '--master_addr=127.0.0.1', f'--master_port={port}',
              os.path.join(ROOT, 'train.py'), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {'OMP_NUM_THREADS': '1'},
         )
         for rank in range(2)
     ]
@@ -66,35 +61,42 @@ def two_nodes(arguments):
     return [node.returncode for node in nodes], outputs
 
 
-def test_two_nodes_of_two_processes_equal_one(tiny):
-    """The two-node form, both nodes on this machine; the config makes the dataset, once."""
-    with open(STORY, encoding='utf-8') as file:
-        (tiny / 'story.txt').write_text(file.read(20_000), encoding='utf-8')
-    run = RUN | dict(dataset='story', prepare='prepare_text.py story.txt --dataset=story')
+def test_two_nodes_equal_one(tiny):
+    """The two-node form, both nodes on this machine."""
     for _ in range(3):  # somebody else may take the free port before torchrun does
-        shutil.rmtree('data/story', ignore_errors=True)
-        codes, outputs = two_nodes(flags(**run | dict(out_dir='nodes')))
+        codes, outputs = two_nodes(flags(**RUN | dict(out_dir='nodes')))
         if codes == [0, 0]:
             break
     assert codes == [0, 0], outputs
-    assert sum(out.count('data/story: ') for out, _ in outputs) == 1
-    assert script('train.py', *flags(**run | dict(out_dir='alone'))).returncode == 0
+    assert sum(out.count('step 20:') for out, _ in outputs) == 1
+    train.train(train.TrainConfig(**RUN | dict(out_dir='alone')))
     for one, many in zip(losses('alone'), losses('nodes'), strict=True):
         assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_a_missing_dataset_is_made_once(tiny, monkeypatch, capfd):
+    """By the first process, while the others wait; the table names the script."""
+    monkeypatch.setitem(dataset.PREPARE, 'story',
+                        f'prepare_text.py {tiny}/story.txt --dataset=story')
+    with open(STORY, encoding='utf-8') as file:
+        (tiny / 'story.txt').write_text(file.read(20_000), encoding='utf-8')
+    train_together(train.TrainConfig(**RUN | dict(dataset='story', max_iters=2)), 4)
+    out, err = capfd.readouterr()
+    assert out.count('data/story: ') == 1 and out.count('step 2:') == 1, err
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tiny):
     (tiny / 'failing.py').write_text(f'''
 import os, sys
 sys.path.insert(0, {ROOT!r})
-import console, train
-forward, calls = train.GPT.forward, []
+import console, model, train
+forward, calls = model.GPT.forward, []
 def failing(self, *args, **kwargs):
     calls.append(1)
     if os.environ['RANK'] == '1' and len(calls) == 30:
         raise console.UserError('the memory of rank 1 is full: use a smaller one')
     return forward(self, *args, **kwargs)
-train.GPT.forward = failing
+model.GPT.forward = failing
 console.run(train.main)
 ''')
     result = script(str(tiny / 'failing.py'), *flags(**RUN), processes=2, timeout=60)

@@ -8,8 +8,10 @@ from conftest import TINY, script
 
 import sample
 import train
+from checkpoint import load_model
+from console import UserError
 from model import GPT, GPTConfig
-from runtime import PackedLinear
+from quantize import PackedLinear, ready
 from tokenizer import GPT2Tokenizer
 
 
@@ -29,17 +31,19 @@ def test_the_same_seed_gives_the_same_text(trained, capsys):
         text('--temperature=0', '--num_samples=1').strip('\n'))
 
 
-def test_prompts_from_a_file_and_from_standard_input(trained):
+def test_prompts_from_a_file_and_from_standard_input(trained, capsys):
     (trained / 'p.txt').write_text('“The Lion', encoding='utf-8')
     few = ['--max_new_tokens=3', '--num_samples=1']
-    from_file = script('sample.py', '--start=FILE:p.txt', *few)
-    assert from_file.stdout.startswith('“The Lion'), from_file.stderr
-    assert script('sample.py', '--start=-', *few, input='“The Lion').stdout == from_file.stdout
+    sample.main(['--start=FILE:p.txt', *few])
+    from_file = capsys.readouterr().out
+    assert from_file.startswith('“The Lion') and len(from_file) == 9 + 3 + 1
+    typed = script('sample.py', '--start=-', *few, input='“The Lion\n')  # as echo writes it
+    assert typed.stdout == from_file, typed.stderr
 
 
-@pytest.mark.parametrize('env', [{'LANG': 'C', 'LC_ALL': 'C'}, {'PYTHONIOENCODING': 'ascii'}])
-def test_output_is_utf8_everywhere(trained, env):
-    result = script('sample.py', '--start=“', '--max_new_tokens=5', env=env)
+def test_output_is_utf8_everywhere(trained):
+    result = script('sample.py', '--start=“', '--max_new_tokens=5',
+                    env={'LANG': 'C', 'LC_ALL': 'C', 'PYTHONIOENCODING': 'ascii'})
     assert result.returncode == 0 and result.stdout.startswith('“'), result.stderr
 
 
@@ -76,7 +80,7 @@ def test_stop_in_a_real_run(trained, capsys):
 
 
 def test_samples_side_by_side_equal_samples_alone(trained):
-    model, tokenizer = sample.load(sample.SampleConfig(device='cpu'))
+    model, tokenizer = load_model('out')
     prompt = torch.tensor([tokenizer.encode('The ').tolist(), tokenizer.encode('Toto').tolist()])
     together = model.generate(prompt, 40, temperature=0)
     for row in (0, 1):
@@ -84,19 +88,19 @@ def test_samples_side_by_side_equal_samples_alone(trained):
 
 
 @pytest.mark.parametrize('T', [1, 2, 20])
-@pytest.mark.parametrize('bend', [
+@pytest.mark.parametrize('nonlinearity', [
     torch.nn.GELU(), torch.nn.GELU(approximate='tanh'), torch.nn.ReLU(),  # one of the reader's own
 ], ids=str)
 @torch.no_grad()
-def test_packed_matrices_give_the_same_logits(T, bend):
+def test_packed_matrices_give_the_same_logits(T, nonlinearity):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=64))
     model.transformer.h[0].mlp.c_fc.bias.data.normal_()
     for block in model.transformer.h:
-        block.mlp.gelu = bend
-        block.mlp.c_proj.weight.data *= 20  # so that the bend is seen in the logits
+        block.mlp.gelu = nonlinearity
+        block.mlp.c_proj.weight.data *= 20  # so that it is seen in the logits
     model.to(torch.bfloat16)
-    packed = sample.ready(copy.deepcopy(model), torch.device('cpu'), torch.bfloat16)
+    packed = ready(copy.deepcopy(model), torch.device('cpu'), torch.bfloat16)
     if not any(isinstance(module, PackedLinear) for module in packed.modules()):
         pytest.skip('this processor has nothing to pack for')
     idx = torch.randint(65, (3, T))
@@ -106,8 +110,8 @@ def test_packed_matrices_give_the_same_logits(T, bend):
 
 def test_a_prompt_that_is_no_utf8(trained):
     (trained / 'p.txt').write_bytes(b'abc\xff')
-    result = script('sample.py', '--start=FILE:p.txt')
-    assert result.returncode == 1 and 'byte 3' in result.stderr and result.stderr.count('\n') == 1
+    with pytest.raises(UserError, match='^p.txt is not UTF-8 at byte 3.*$'):
+        sample.main(['--start=FILE:p.txt'])
 
 
 def test_gpt2_state_needs_no_download():

@@ -8,22 +8,22 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT, TINY, flags, script
+from conftest import ROOT, TINY, flags
 
 import console
 import train
 from console import Progress
 
-RUN = TINY | dict(max_iters=120, eval_interval=40, sample_tokens=40)
+RUN = TINY | dict(max_iters=60, eval_interval=30, sample_tokens=40)
 CONTROL = r'[\x00-\x09\x0b-\x1f\x7f-\x9f]'  # all but the line feed
 
 
-def in_terminal(*command, columns=80, **variables):
+def in_terminal(*command, columns=80):
     """Run a Python command on a pseudo-terminal: (exit code, all that it wrote)."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
     env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES', 'NO_COLOR')}
-    env |= {'TERM': 'xterm', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT} | variables
+    env |= {'TERM': 'xterm', 'PYTHONPATH': ROOT}
     process = subprocess.Popen([sys.executable, *command], stdin=follower, stdout=follower,
                                stderr=follower, env=env, start_new_session=True)
     os.close(follower)
@@ -64,28 +64,16 @@ def without_times(lines):
     return [re.sub(r'after [\d:]+', '', line) for line in lines if not line.startswith('iter ')]
 
 
-def test_a_terminal_shows_the_same_and_a_live_line(tiny):
-    result = script('train.py', *flags(**RUN))
-    assert result.returncode == 0 and not re.search(CONTROL, result.stdout + result.stderr)
-    assert result.stdout.count('\niter ') == RUN['max_iters']
-    for columns, more in ((80, {}), (20, {'NO_COLOR': '1'})):
-        code, output = in_terminal(
-            os.path.join(ROOT, 'train.py'), *flags(**RUN), columns=columns, **more)
-        assert code == 0
-        assert without_times(screen(output)) == without_times(result.stdout.split('\n'))
-        assert re.sub(r'\r\n|\r|\n|\x1b\[K', '', output).isprintable()  # no color, nothing else
-        assert live_lines(output) and all(len(line) <= columns - 3 for line in live_lines(output))
-
-
-def test_a_dumb_terminal_gets_plain_lines(tiny):
-    settings = RUN | dict(max_iters=3)
-    code, output = in_terminal(os.path.join(ROOT, 'train.py'), *flags(**settings), TERM='dumb')
-    assert code == 0 and not re.search(CONTROL, output.replace('\r\n', '\n'))
-    assert re.findall(r'^(iter \d): loss [\d.]+, time [\d.]+ms, ', output, re.M) == [
-        'iter 0', 'iter 1', 'iter 2']
-
-
-PARTS = ['iter 123456', 'loss 1.2345', '1:02:03 left', '123,456 tok/s', 'epoch 12.34', 'mfu 12.3%']
+def test_a_terminal_shows_the_same_and_a_live_line(tiny, capsys):
+    train.train(train.TrainConfig(**RUN | dict(out_dir='plain')))
+    plain = capsys.readouterr().out
+    assert not re.search(CONTROL, plain) and plain.count('\niter ') == RUN['max_iters']
+    code, output = in_terminal(os.path.join(ROOT, 'train.py'), *flags(**RUN), columns=20)
+    assert code == 0
+    plain = plain.replace('/plain', '/out').replace('plain/', 'out/').replace('=plain', '=out')
+    assert without_times(screen(output)) == without_times(plain.split('\n'))
+    assert re.sub(r'\r\n|\r|\n|\x1b\[K', '', output).isprintable()  # no color, nothing else
+    assert live_lines(output) and all(len(line) <= 17 for line in live_lines(output))
 
 
 class Terminal:
@@ -104,62 +92,96 @@ class Terminal:
         pass
 
 
+def test_a_dumb_terminal_gets_plain_lines(tiny, monkeypatch):
+    monkeypatch.setenv('TERM', 'dumb')
+    monkeypatch.setattr(sys, 'stdout', Terminal())
+    train.train(train.TrainConfig(**RUN | dict(max_iters=3)))
+    output = sys.stdout.text
+    assert not re.search(CONTROL, output)
+    assert re.findall(r'^(iter \d): loss [\d.]+, time [\d.]+ms, ', output, re.M) == [
+        'iter 0', 'iter 1', 'iter 2']
+
+
+class Clock:
+    """A stand-in for the module time, which moves when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
 @pytest.fixture
-def progress(monkeypatch):
-    """A live line that always has something new to show."""
+def clock(monkeypatch):
+    monkeypatch.setattr(console, 'time', Clock())
+    monkeypatch.setattr(Progress, 'on_screen', False)
+    return console.time
+
+
+@pytest.fixture
+def progress(monkeypatch, clock):
+    """A live line to which something new may be written at once."""
     monkeypatch.setenv('TERM', 'xterm')
-    monkeypatch.setattr(Progress, 'shown', False)
-    monkeypatch.setattr(Progress, 'due', True)
-    return Progress(100, 'reading', stream=Terminal())
+    progress = Progress(stream=Terminal())
+    clock.now = 1
+    return progress
 
 
-@pytest.mark.parametrize('columns, kept, cells', [
-    (200, 6, 20), (99, 6, 18), (86, 6, 5), (85, 5, 15), (80, 5, 10), (62, 4, 5), (61, 3, 19),
-    (40, 2, 12), (20, 1, 5), (15, 1, 0), (10, 1, 0),
+TEXT = 'iter 123456: loss 1.2345, time 12.34ms, 1:02:03 left, 12,345'  # 60 characters
+
+
+@pytest.mark.parametrize('columns, cells', [
+    (200, 20), (84, 20), (83, 19), (80, 16), (65, 1), (64, 0), (63, 0), (40, 0), (10, 0),
 ])
-def test_a_narrow_terminal_drops_what_matters_least(progress, monkeypatch, columns, kept, cells):
+def test_a_narrow_terminal_cuts_the_bar_and_then_the_text(progress, monkeypatch, columns, cells):
     monkeypatch.setenv('COLUMNS', str(columns))
-    progress.update(50, PARTS)
+    progress.show(0.5, TEXT)
     (line,) = live_lines(progress.stream.text)
     bar = '━' * round(cells / 2) + '╌' * (cells - round(cells / 2))
-    assert line == f'{bar} {", ".join(PARTS[:kept])}'.strip()[: columns - 3]
+    assert line == f'{bar} {TEXT}'.strip()[: columns - 3]
 
 
-@pytest.mark.parametrize('done, full', [(0, 0), (1, 0), (50, 10), (100, 20)])
-def test_the_bar_fills(progress, monkeypatch, done, full):
+@pytest.mark.parametrize('share, full', [(0, 0), (0.01, 0), (0.5, 10), (1, 20)])
+def test_the_bar_fills(progress, monkeypatch, share, full):
     monkeypatch.setenv('COLUMNS', '200')
-    progress.update(done, PARTS)
+    progress.show(share, TEXT)
     assert progress.stream.text.count('━') == full and progress.stream.text.count('╌') == 20 - full
 
 
-def test_a_job_tells_how_long_it_takes(progress, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '80')
-    monkeypatch.setattr(console.time, 'perf_counter', lambda: progress.began + 30)
-    progress.advance(20)
-    progress.advance(5)
-    assert [line.lstrip('━╌') for line in live_lines(progress.stream.text)] == [
-        ' reading 20%, 2:00 left', ' reading 25%, 1:30 left']
+def test_a_live_line_is_drawn_ten_times_a_second_at_most(progress, clock):
+    for n in range(1000):
+        clock.now = 1 + n / 1000
+        progress.show(n / 1000, f'part {n}')
+    assert 9 <= len(live_lines(progress.stream.text)) <= 10
     progress.say('done')
     assert screen(progress.stream.text) == ['done', '']
 
 
-def test_a_job_that_is_soon_done_writes_nothing_into_a_file(capsys):
-    progress = Progress(100, 'reading')
-    for _ in range(100):
-        progress.advance(1)
+def test_a_job_that_is_soon_done_writes_nothing_into_a_file(clock, capsys):
+    progress = Progress()
+    for n in range(100):
+        progress.show(n / 100, f'reading {n}%')
     assert capsys.readouterr().out == ''
-    progress.drawn -= 11  # seconds
-    progress.advance(0)
-    progress.advance(0)
-    assert capsys.readouterr().out == 'reading 100%, 0:00 left\n'
+    clock.now = 11
+    progress.show(1, 'reading 100%')
+    progress.show(1, 'reading 100%')
+    assert capsys.readouterr().out == 'reading 100%\n'
+
+
+def test_a_silent_process_writes_nothing(clock, capsys):
+    progress = Progress(enabled=False)
+    clock.now = 11
+    progress.show(0.5, 'reading')
+    progress.say('done')
+    assert capsys.readouterr().out == ''
 
 
 def test_an_error_gets_a_line_of_its_own():
     code = ('import console, time\n'
             'def main(argv):\n'
-            '    progress = console.Progress(2)\n'
+            '    progress = console.Progress()\n'
             '    time.sleep(0.2)\n'
-            '    progress.update(1, ["half of it"])\n'
+            '    progress.show(0.5, "half of it")\n'
             '    raise console.UserError("that was all")\n'
             'console.run(main)')
     code, output = in_terminal('-c', code)
@@ -169,6 +191,6 @@ def test_an_error_gets_a_line_of_its_own():
 
 def test_what_a_model_writes_cannot_move_the_cursor(tiny, monkeypatch, capsys):
     monkeypatch.setattr(train, 'sample_text', lambda *_: 'a\x1b[2Jb\rc\td\x07\x9b\n‘é🦁’')
-    train.train(train.TrainConfig(**TINY | dict(max_iters=0)))
+    train.train(train.TrainConfig(**TINY | dict(max_iters=1)))
     out = capsys.readouterr().out
     assert '  | a\ufffd[2Jb\ufffdc\td\ufffd\ufffd\n  | ‘é🦁’\n' in out

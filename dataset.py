@@ -1,0 +1,198 @@
+"""Datasets: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
+
+A .bin file is a row of little-endian uint16 token ids. meta.json has the tokenizer's state,
+vocab_size, the source and the sha256 of its text, and how many tokens each split has.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+
+from console import UsageError, UserError, atomic_file
+from tokenizer import tokenizer_from
+
+# What makes these datasets, when they are asked for and missing.
+PREPARE = {
+    'wizard_char': 'prepare_wizard_char.py',
+    'shakespeare_char': 'prepare_shakespeare_char.py',
+    'shakespeare': 'prepare_shakespeare_char.py --dataset=shakespeare --tokenizer=gpt2',
+}
+
+
+def check_name(dataset):
+    """Raise UsageError unless data/<dataset> is a folder in data/."""
+    if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
+        raise UsageError(
+            f'dataset={dataset!r} must be the name of a folder in data/: use --dataset=my_text'
+        )
+
+
+def write_meta(folder, tokenizer, source, sha256, tokens):
+    """Write meta.json for the .bin files that come next, and return what it says.
+
+    train.bin and test.bin of before go: while the files change there is no dataset. tokens: how
+    many each split has, by its name.
+    """
+    meta = {
+        'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'source': source,
+        'sha256': sha256, 'tokens': tokens,
+    }
+    with atomic_file(os.path.join(folder, 'meta.json')) as file:
+        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
+        file.flush()  # if the disk is full, the files of before stay
+        for old in ('train.bin', 'test.bin'):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, old))
+    return meta
+
+
+def read_meta(folder):
+    """meta.json; for a dataset without it, as nanoGPT leaves raw GPT-2 ids, its equivalent."""
+    path, pickled = os.path.join(folder, 'meta.json'), os.path.join(folder, 'meta.pkl')
+    if os.path.exists(pickled) and not os.path.exists(path):
+        raise UserError(
+            f'{pickled} is a pickle, which could run code, and is not read: make a meta.json with '
+            f'python prepare_text.py TEXT --dataset={os.path.basename(folder)}'
+        )
+    if not os.path.exists(path):
+        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
+    try:
+        with open(path, encoding='utf-8') as file:
+            meta = json.load(file)
+        meta['tokenizer']['type']
+        return meta
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f'{path} is broken ({error}): prepare the dataset again') from None
+
+
+class Split:
+    """One .bin file. Plain reads rather than a memory map, whose pages count as our memory."""
+
+    def __init__(self, path, vocab_size):
+        self.path, self.vocab_size = path, vocab_size
+        size = os.path.getsize(path)
+        if size % 2:
+            raise UserError(f'{path} has {size} bytes, which are no 16-bit ids: prepare it again')
+        self.tokens = size // 2
+        self.file = open(path, 'rb', buffering=0)
+        if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
+            self.read([0], self.tokens)
+
+    def read(self, offsets, length):
+        """`length` ids from each of the B offsets on: (B, length) int64 numpy array."""
+        rows = np.empty((len(offsets), length), '<u2')
+        for row, offset in zip(rows, offsets):
+            self.file.seek(2 * int(offset))
+            self.file.readinto(row)
+        if rows.size and rows.max() >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0]
+            raise UserError(
+                f'{self.path} has the id {rows[row, column]} at position {offsets[row] + column}, '
+                f'but the vocabulary ends at {self.vocab_size - 1}: the dataset was made with '
+                "another tokenizer than the model's; prepare it again or choose another dataset"
+            )
+        return rows.astype(np.int64)
+
+    def batch(self, offsets, block_size, device):
+        """Inputs and targets, each (B, block_size) int64 on `device`: y is x one token later."""
+        import torch  # here, so that preparing text starts without it
+
+        rows = torch.from_numpy(self.read(offsets, block_size + 1))
+        if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        else:
+            rows = rows.to(device)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def training_batches(split, cfg, ranks, device, it):
+    """Yield the micro-batches (x, y) of this rank, from iteration `it` on, without end.
+
+    The offsets of the whole global batch follow from (seed, iteration), and each rank takes its
+    share: a resumed run sees the same data, on any number of processes.
+    """
+    B, T = cfg.batch_size, cfg.block_size
+    while True:
+        random = np.random.default_rng((cfg.seed, it))
+        offsets = random.integers(split.tokens - T, size=cfg.gradient_accumulation_steps * B)
+        for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:
+            yield split.batch(mine, T, device)
+        it += 1
+
+
+def evaluation_batches(split, cfg, ranks, device):
+    """Yield (x, y, share done): `eval_iters` random batches, always the same, or the whole split.
+
+    All ranks get as many batches. Where there is nothing left for a rank, its targets are -1,
+    which do not count.
+    """
+    B, T = cfg.batch_size, cfg.block_size
+    if cfg.eval_iters:
+        random = np.random.default_rng((cfg.seed, 0, 0))
+        offsets = random.integers(split.tokens - T, size=cfg.eval_iters * B)
+    else:
+        offsets = np.arange(0, split.tokens - T, T)
+    batches = [(offsets[i : i + B], T) for i in range(0, len(offsets), B)]
+    rest = (split.tokens - 1) % T
+    if not cfg.eval_iters and rest:
+        batches.append(([split.tokens - 1 - rest], rest))
+    for i in range(0, len(batches), ranks.world_size):
+        mine, length = batches[min(i + ranks.rank, len(batches) - 1)]
+        x, y = split.batch(mine, length, device)
+        yield x, y if i + ranks.rank < len(batches) else y.fill_(-1), i / len(batches)
+
+
+class Dataset:
+    """The splits of data/<name>, and the tokenizer that made them."""
+
+    def __init__(self, name, ranks):
+        folder = os.path.join('data', name)
+        for is_first in (ranks.is_main, ranks.local_rank == 0):  # then machines with another disk
+            missing = not os.path.exists(os.path.join(folder, 'train.bin'))
+            if missing and is_first:
+                make(name, folder)
+            ranks.any(missing)  # the others wait here
+        meta = read_meta(folder)
+        self.source = meta.get('source', folder)
+        self.tokenizer = tokenizer_from(meta['tokenizer'])
+        self.splits = {}
+        for split in ('train', 'val', 'test'):
+            path = os.path.join(folder, f'{split}.bin')
+            if not os.path.exists(path):
+                if split == 'test':
+                    continue
+                raise UserError(f'{path} is missing: prepare the dataset again')
+            self.splits[split] = Split(path, self.tokenizer.vocab_size)
+
+    def check_length(self, block_size):
+        """Raise UserError unless every split has a window of `block_size` tokens and the next."""
+        for split in self.splits.values():
+            if split.tokens <= block_size:
+                raise UserError(
+                    f'{split.path} has {split.tokens} tokens, too few for '
+                    f'block_size={block_size}: take a smaller block_size or a longer text'
+                )
+
+
+def make(name, folder):
+    """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
+    here, there = os.path.dirname(os.path.abspath(__file__)), glob.glob('data/*/train.bin')
+    if name in PREPARE:
+        script, *args = shlex.split(PREPARE[name])
+        if subprocess.run([sys.executable, os.path.join(here, script), *args]).returncode:
+            raise UserError(f'{PREPARE[name]} could not make {folder}: run it by hand to see why')
+        return
+    if name == 'openwebtext':
+        raise UserError(f'{folder} is missing: python prepare_openwebtext.py makes it, of 12 GB; '
+                        'to begin with, python train.py config/train_wizard_char.py')
+    known = [*PREPARE, *(os.path.basename(os.path.dirname(path)) for path in sorted(there))]
+    raise UserError(
+        f'the dataset {folder} is missing: choose one of {", ".join(known)}, or make it with '
+        f'python prepare_text.py your.txt --dataset={name}'
+    )

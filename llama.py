@@ -1,0 +1,261 @@
+"""What changed since GPT-2: Llama's block, with the interface of `model.GPT`.
+
+    python train.py config/train_wizard_llama.py
+
+RMSNorm for LayerNorm, rotary for learned positions, SwiGLU for the GELU MLP, fewer heads for keys
+and values, a norm on queries and keys, and no biases. The whole: Touvron et al. 2023 (Llama 2),
+arXiv:2307.09288.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import (
+    GPTConfig, KVCache, LanguageModel, attention, logits_and_loss, read_pretrained,
+)
+
+
+@dataclass
+class LlamaConfig(GPTConfig):
+    """The shape of a Llama: `GPTConfig` and what is new. Raises ValueError as that does."""
+
+    bias: bool = False
+    n_kv_head: int | None = None  # heads of keys and values; none means n_head
+    qk_norm: bool = True  # normalize queries and keys; Llama itself doesn't, Qwen 3 does
+    head_size: int | None = None  # none means n_embd / n_head
+    n_hidden: int | None = None  # width inside the MLP; none: as many weights as GPT-2's MLP has
+    rope_theta: float = 10000.0  # the slowest rotation takes about 2 pi times so many positions
+    norm_eps: float = 1e-5
+    tied: bool = True  # one matrix reads tokens and predicts them, as in GPT-2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bias:
+            raise ValueError('bias is True: a Llama has no biases, leave it out')
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        # Three matrices instead of two, so 8/3 of the width instead of 4; whole blocks of 32.
+        self.n_hidden = self.n_hidden or 32 * max(1, round(8 * self.n_embd / 3 / 32))
+        if self.n_head % self.n_kv_head or self.head_size % 2:
+            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head='
+                             f'{self.n_kv_head}, and head_size={self.head_size} must be even')
+
+
+class Normalize(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension.
+
+    The gradient is written out, since on a CPU torch's own takes about as long as a product.
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.size(-1) + eps).to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(dim=-1, keepdim=True)  # the part that would change the length
+        return torch.addcmul(grad, y, along, value=-1) * scale, None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2)) * weight: LayerNorm without the mean and the bias.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return Normalize.apply(x, self.eps) * self.weight
+
+
+def rotation(positions, head_size, theta):
+    """(cos, sin) for `rotate`, each (T, 1, head_size) float32, from positions (T,).
+
+    Pair i of a head's numbers turns by position * theta^(-2 i / head_size), so that the product of
+    a query and a key depends on how far apart they are. It replaces GPT-2's learned positions.
+    RoFormer: Su et al. 2021, arXiv:2104.09864.
+    """
+    speed = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
+    angle = positions[:, None, None] * speed  # (T, 1, head_size / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + head_size / 2]): (B, T, heads, head_size) to the same shape."""
+    swapped = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))  # x cos + swapped sin
+
+
+class GroupedAttention(nn.Module):
+    """Attention where n_head / n_kv_head queries share a head of keys and values.
+
+    That makes the cache smaller: GQA, Ainslie et al. 2023, arXiv:2305.13245. With `qk_norm`,
+    queries and keys are normalized, so that their products cannot grow without bound: Henry et al.
+    2020, arXiv:2010.04245; Qwen 3, arXiv:2505.09388.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.qkv_proj = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_size, bias=False)
+        self.o_proj = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_size, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_size, c.norm_eps)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        c = self.config
+        heads = self.qkv_proj(x).view(B, T, -1, c.head_size)  # of queries, keys, values
+        qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
+        if c.qk_norm:
+            scale = torch.cat([self.q_norm.weight.expand(c.n_head, -1),
+                               self.k_norm.weight.expand(c.n_kv_head, -1)])
+            qk = Normalize.apply(qk, c.norm_eps) * scale.to(qk.dtype)
+        qk = rotate(qk, cos, sin).transpose(1, 2)
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)  # (B, n_head or n_kv_head, T, head_size)
+        v = v.transpose(1, 2)  # (B, n_kv_head, T, head_size)
+        if cache is not None:
+            q, k, v = cache.append(q, k, v)
+        if c.n_kv_head < c.n_head:  # each head of keys and values serves a group of queries
+            k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
+        y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y.to(x.dtype))
+
+
+class SwiGLU(nn.Module):
+    """An MLP in which one half decides how much of the other passes, instead of a GELU.
+
+    Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class LlamaBlock(nn.Module):
+    """As GPT-2's block: communicate, then compute, each on a normed copy of the stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = GroupedAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)  # GPT-2's against overfitting; 0 in a Llama
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Llama(LanguageModel):
+    """Token embeddings, n_layer blocks, a norm, and logits over the tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            'embed_tokens': nn.Embedding(config.vocab_size, config.n_embd),
+            'layers': nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer)),
+            'norm': RMSNorm(config.n_embd, config.norm_eps),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    @property
+    def blocks(self):
+        return self.model.layers
+
+    def init_parameter(self, name, p):
+        """As GPT-2's: N(0, 0.02), smaller where a block adds to the stream; norms are ones."""
+        if name.endswith(('o_proj.weight', 'down_proj.weight')):
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif p.dim() >= 2:
+            nn.init.normal_(p, std=0.02)
+        else:
+            nn.init.ones_(p)
+
+    def new_cache(self, batch_size):
+        """One empty KVCache a layer."""
+        c = self.config
+        shape = (2, batch_size, c.n_kv_head, c.block_size, c.head_size)
+        return [KVCache(shape, self.model.norm.weight) for _ in self.model.layers]
+
+    def forward(self, idx, targets=None, cache=None, loss_only=False):
+        """As `GPT.forward`."""
+        positions = self.positions(idx, cache)
+        cos, sin = rotation(positions, self.config.head_size, self.config.rope_theta)
+        x = self.model.embed_tokens(idx)  # (B, T, n_embd)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, cache[layer] if cache else None)
+        return logits_and_loss(self.model.norm(x), self.lm_head, targets, loss_only)
+
+    def flops_per_token(self):
+        """As `GPT.flops_per_token`; an untied embedding is only looked up."""
+        c = self.config
+        weights = self.num_params() - (0 if c.tied else self.model.embed_tokens.weight.numel())
+        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
+
+    def hugging_face_weights(self):
+        """As `GPT.hugging_face_weights`: there, our joint matrices are several."""
+        c = self.config
+        joint = {
+            'qkv_proj': {'q_proj': c.n_head * c.head_size, 'k_proj': c.n_kv_head * c.head_size,
+                         'v_proj': c.n_kv_head * c.head_size},
+            'gate_up_proj': {'gate_proj': c.n_hidden, 'up_proj': c.n_hidden},
+        }
+        weights = self.state_dict()
+        for name in list(weights):
+            for ours, theirs in joint.items():
+                if ours in name:
+                    rows = weights.pop(name).split(list(theirs.values()))
+                    weights |= {name.replace(ours, part): w for part, w in zip(theirs, rows)}
+        return weights
+
+    @classmethod
+    def from_pretrained(cls, name, dropout=0.0):
+        """Weights of model_type `llama` or `qwen3` from Hugging Face, a folder or a hub's name.
+
+        Raises as `GPT.from_pretrained`, for rope scaling, biases and sliding windows among others.
+        """
+        theirs, weights = read_pretrained(
+            name, ('llama', 'qwen3'), hidden_act='silu', attention_bias=False, mlp_bias=False,
+            use_sliding_window=False, rope_scaling=False,
+        )
+        rope = theirs.get('rope_parameters') or theirs  # transformers 5, and before
+        if rope.get('rope_type', 'default') != 'default':
+            raise ValueError(f"{name} has rope_type={rope['rope_type']!r}: it must be 'default'")
+        model = cls(LlamaConfig(
+            block_size=theirs['max_position_embeddings'], vocab_size=theirs['vocab_size'],
+            n_layer=theirs['num_hidden_layers'], n_head=theirs['num_attention_heads'],
+            n_embd=theirs['hidden_size'], n_kv_head=theirs['num_key_value_heads'],
+            qk_norm=theirs['model_type'] == 'qwen3', head_size=theirs.get('head_dim'),
+            dropout=dropout,
+            n_hidden=theirs['intermediate_size'], rope_theta=rope['rope_theta'],
+            norm_eps=theirs['rms_norm_eps'], tied=theirs['tie_word_embeddings'],
+        ))
+        model.copy_pretrained(weights)
+        return model

@@ -1,0 +1,181 @@
+"""Weights, gradients and moments spread over processes: the same training run."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, script, train_together
+from test_resume import start, wait_for
+
+import runtime
+import train
+from checkpoint import load_checkpoint
+from train import TrainConfig
+
+RUN = TINY | dict(gradient_accumulation_steps=4, max_iters=6, eval_interval=3, lr_decay_iters=12)
+
+
+def losses(folder):
+    with open(f'{folder}/log.csv', newline='') as file:
+        return [tuple(float(row[name] or 0) for name in ('train_loss', 'val_loss', 'grad_norm'))
+                for row in csv.DictReader(file)]
+
+
+def run(processes=1, **settings):
+    cfg = TrainConfig(**RUN | settings)
+    train.train(cfg) if processes == 1 else train_together(cfg, processes)
+
+
+def assert_near(a, b):
+    for one, many in zip(losses(a), losses(b), strict=True):
+        assert many == pytest.approx(one, rel=1e-4)
+    ours, theirs = (load_checkpoint(f'{x}/ckpt.pt') for x in (a, b))
+    assert ours['model'].keys() == theirs['model'].keys()
+    for name, weight in ours['model'].items():
+        assert torch.allclose(weight, theirs['model'][name], atol=1e-4), name
+    states = ours['optimizer']['state'], theirs['optimizer']['state']
+    assert states[0].keys() == states[1].keys()
+    for key, moments in states[0].items():
+        for name, value in moments.items():
+            assert torch.allclose(value, states[1][key][name], atol=1e-4), (key, name)
+
+
+@pytest.mark.parametrize('model, processes', [
+    ('gpt', 2), pytest.param('llama', 2), pytest.param('gpt', 4, marks=pytest.mark.slow),
+    pytest.param('llama', 4, marks=pytest.mark.slow),
+])
+def test_sharded_equals_whole(tiny, capfd, model, processes):
+    run(out_dir='whole', model=model)
+    capfd.readouterr()
+    run(processes, out_dir='sharded', model=model, shard=True)
+    out = capfd.readouterr().out
+    assert_near('whole', 'sharded')
+    assert out.count('step 6:') == 1 and out.count('  | ') == 3 and 'no sample' not in out
+    # One file format, to the byte count: shared weights stand there once.
+    sizes = [os.path.getsize(f'{x}/ckpt.pt') for x in ('whole', 'sharded')]
+    assert abs(sizes[0] - sizes[1]) < 4096
+    sampled = script('sample.py', '--out_dir=sharded', '--start=T', '--max_new_tokens=5')
+    assert sampled.returncode == 0, sampled.stderr
+
+
+def test_a_run_goes_from_one_process_to_shards_and_back(tiny):
+    run(out_dir='whole', max_iters=9)
+    run(max_iters=3)
+    run(2, max_iters=6, shard=True, init_from='resume')
+    run(max_iters=9, init_from='resume')
+    assert_near('whole', 'out')
+
+
+def test_finetuning_spreads_another_runs_weights(tiny):
+    run(out_dir='first', max_iters=3)
+    more = dict(init_from='first', block_size=8, max_iters=2, eval_interval=2, learning_rate=1e-3)
+    run(out_dir='whole', **more)
+    run(2, out_dir='sharded', shard=True, **more)
+    assert_near('whole', 'sharded')
+    assert load_checkpoint('sharded')['model']['transformer.wpe.weight'].shape == (8, 32)
+
+
+def test_in_bf16_it_learns_as_much(tiny):
+    more = dict(dtype='bfloat16', max_iters=30, eval_interval=30, sample_tokens=0)
+    run(out_dir='whole', **more)
+    run(2, out_dir='sharded', shard=True, **more)
+    assert losses('sharded')[-1][1] == pytest.approx(losses('whole')[-1][1], abs=0.02)
+
+
+def test_gradients_travel_once_an_update(tiny, monkeypatch):
+    """Counted where torch reduces them: in as many micro-batches as there may be."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    reduce = group.foreach_reduce
+
+    def counted(*args, **kwargs):
+        with open('reductions', 'a') as file:
+            file.write('.')
+        return reduce(*args, **kwargs)
+
+    monkeypatch.setattr(group, 'foreach_reduce', counted)
+    counts = []
+    for micro_batches in (2, 8):
+        open('reductions', 'w').close()
+        run(2, gradient_accumulation_steps=micro_batches, batch_size=2, shard=True, max_iters=2,
+            out_dir=f'o{micro_batches}')
+        counts.append(os.path.getsize('reductions'))
+    assert counts[0] == counts[1] > 0
+
+
+def test_on_one_process_the_flag_changes_nothing(tiny):
+    run(out_dir='plain', max_iters=2)
+    run(out_dir='flag', max_iters=2, shard=True)
+    ours, theirs = (load_checkpoint(f'{x}/ckpt.pt')['model'] for x in ('plain', 'flag'))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_rank_that_fails_ends_all_with_its_reason(tiny):
+    (tiny / 'failing.py').write_text(f'''
+import os, sys
+sys.path.insert(0, {ROOT!r})
+import console, dataset, train
+batch, calls = dataset.Split.batch, []
+def failing(self, *args):
+    calls.append(1)
+    if os.environ['RANK'] == '1' and len(calls) == 10:
+        raise console.UserError('rank 1 lost its disk: mend it')
+    return batch(self, *args)
+dataset.Split.batch = failing
+console.run(train.main)
+''')
+    result = script(str(tiny / 'failing.py'), *flags(**RUN | dict(shard=True)), processes=2)
+    assert result.returncode != 0 and 'error: rank 1 lost its disk: mend it' in result.stderr
+
+
+def children_of(pid):
+    command = ['ps', '-o', 'pid=', '--ppid', str(pid)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks ps for the ranks')
+def test_a_killed_rank_loses_nothing_that_was_saved(tiny):
+    long = RUN | dict(shard=True, max_iters=100_000, eval_interval=5, lr_decay_iters=100_000)
+    process = start(processes=2, **long)
+    wait_for(process, 'step 10:')
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=90)
+    at = load_checkpoint('out/ckpt.pt')['iter_num']
+    assert at >= 5 and at % 5 == 0
+    run(2, shard=True, init_from='resume', max_iters=at + 5, lr_decay_iters=100_000)
+    run(out_dir='whole', max_iters=at + 5, eval_interval=5, lr_decay_iters=100_000)
+    assert losses('out')[-1] == pytest.approx(losses('whole')[-1], rel=1e-4)
+
+
+def test_memory_per_process_falls(tiny, monkeypatch):
+    """Numbers of weights, gradients and moments that a rank holds, counted after an update."""
+    step = torch.optim.AdamW.step
+
+    def counted(self, *args):
+        step(self, *args)
+        held = [t for p in self.state for t in (p, p.grad, *self.state[p].values())]
+        with open('held', 'w') as file:
+            file.write(str(sum(runtime.local(t).numel() for t in held)))
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', counted)
+    held = []
+    for shard in (False, True):
+        run(2, shard=shard, max_iters=1, out_dir=f'o{shard:d}')
+        with open('held') as file:
+            held.append(int(file.read()))
+    assert held[1] < 0.55 * held[0]
+
+
+def test_numbers_drawn_are_the_same_for_the_same_seed(folder):
+    """Also without processes: building twice gives the same weights."""
+    from model import GPT, GPTConfig
+
+    config = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=1, n_embd=8)
+    ours, theirs = (runtime.build(GPT, config, None, torch.device('cpu'), False, 5)
+                    for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
