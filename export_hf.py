@@ -78,10 +78,10 @@ def hugging_face_tokenizer(tokenizer):
 
 def export(model, tokenizer, folder):
     """Write the folder. Raises UserError for a model without such a form, ImportError."""
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
     if not isinstance(model, (GPT, Llama)):
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     theirs = AutoModelForCausalLM.from_config(hugging_face_config(model, tokenizer))
     ours = model.hugging_face_weights()
     for name, weight in theirs.state_dict().items():

@@ -61,7 +61,8 @@ def live_lines(output):
 
 
 def without_times(lines):
-    return [re.sub(r'after [\d:]+', '', line) for line in lines if not line.startswith('iter ')]
+    lines = [re.sub(r'after [\d:]+|now: \S+', '', line) for line in lines]
+    return [line for line in lines if not line.startswith('iter ')]
 
 
 def test_a_terminal_shows_the_same_and_a_live_line(tiny, capsys):
