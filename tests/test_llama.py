@@ -257,3 +257,14 @@ def test_streaming_from_a_vocabulary_with_padding():
     model = make(vocab_size=128)
     tokens = list(stream(model, ids(4, 1), 50, temperature=5.0, vocab_size=65))
     assert torch.cat(tokens).max() < 65
+
+
+@pytest.mark.parametrize('shard', [False, True])
+def test_two_processes_go_on_from_a_folder(tiny, hf, shard):
+    train.train(TrainConfig(**RUN | dict(max_iters=2, optimizer='adamw')))
+    export_hf.main(['--out_dir=out', '--to=hf'])
+    run = RUN | dict(init_from='hf', out_dir='more', max_iters=2, optimizer='adamw', shard=shard)
+    train_together(TrainConfig(**run))
+    train.train(TrainConfig(**run | dict(out_dir='alone', shard=False)))
+    ours, theirs = (load_checkpoint(f'{x}/ckpt.pt')['model'] for x in ('more', 'alone'))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
