@@ -22,7 +22,7 @@ from console import UserError, atomic_file
 from dataset import read_meta
 from llama import Llama, LlamaConfig
 from model import GPT, MODEL_SIZES, Bigram, GPTConfig
-from runtime import like
+from runtime import build, like
 from tokenizer import tokenizer_from, tokenizer_of
 
 MODELS = {
@@ -138,13 +138,7 @@ def model_config(checkpoint, **changes):
 def build_model(checkpoint):
     """The model of a checkpoint, with its weights. Raises ValueError where they do not fit."""
     cls, config = model_config(checkpoint)
-    model = cls(config)
-    try:
-        model.load_state_dict(checkpoint['model'])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError('the weights do not fit the model that comes with them: '
-                         + shorten(str(error), 200)) from None
-    return model
+    return build(cls, config, checkpoint['model'], torch.device('cpu'))
 
 
 def is_pretrained(name):

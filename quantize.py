@@ -134,7 +134,8 @@ class ChunkedLoss(torch.autograd.Function):
             x, weight = x.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=x.device)
         counted = (targets != -1).float()
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        if learning:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
             logits = (x[chunk] @ weight.T).float()
@@ -147,7 +148,8 @@ class ChunkedLoss(torch.autograd.Function):
                 dx[chunk] = error @ weight
                 dweight += error.T @ x[chunk]
         count = counted.sum().clamp(min=1)
-        ctx.save_for_backward(dx, dweight, count)
+        if learning:
+            ctx.save_for_backward(dx, dweight, count)
         return total / count
 
     @staticmethod

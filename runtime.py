@@ -213,21 +213,25 @@ def compiled(raw, cfg, device, amp, example):
     return model
 
 
-def build(cls, config, weights, device, shard, seed):
+def build(cls, config, weights, device, shard=False, seed=0):
     """The model `cls(config)` on `device`, with `weights` by name, or drawn from `seed` if None.
 
     With `shard`, each rank makes and keeps only its part of every weight, of a gradient, and of
     what an optimizer keeps (FSDP; ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054). Only rank 0
-    needs `weights`; whole weights exist one at a time. The numbers are the same either way.
+    needs `weights`; whole weights exist one at a time. The numbers are the same either way. Raises
+    ValueError, in one line, where the weights do not fit.
     """
-    torch.manual_seed(seed)
+    with torch.device('meta') if shard else contextlib.nullcontext():
+        model = cls(config)
+    if weights is None:
+        torch.manual_seed(seed)  # here, since building the modules may have drawn numbers
     if not shard:
-        model = cls(config)
-        torch.manual_seed(seed)  # building the modules has drawn numbers too
-        model.init_weights() if weights is None else model.load_state_dict(weights)
+        try:
+            model.init_weights() if weights is None else model.load_state_dict(weights)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError('the weights do not fit the model that comes with them: '
+                             + shorten(str(error), 200)) from None
         return model.to(device)
-    with torch.device('meta'):
-        model = cls(config)
     for module in (*model.blocks, model):
         fully_shard(module)
     torch.__future__.set_swap_module_params_on_conversion(True)  # so that shared weights stay one
@@ -237,7 +241,9 @@ def build(cls, config, weights, device, shard, seed):
         if weights is None:
             model.init_parameter(name, whole)
         elif dist.get_rank() == 0:
-            whole = weights[name]
+            whole = weights.get(name)
+            if getattr(whole, 'shape', None) != p.shape:
+                raise ValueError(f'the weights do not fit the model that comes with them: {name}')
         p.data.copy_(like(whole, p))
     return model
 

@@ -252,7 +252,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     data = Dataset(cfg.dataset, ranks)
     with console.user_errors():
         cls, config, weights, checkpoint = starting_point(cfg, data.tokenizer, ranks)
-    raw = runtime.build(cls, config, weights, device, cfg.shard, cfg.seed)
+        raw = runtime.build(cls, config, weights, device, cfg.shard, cfg.seed)
     optimizers = make_optimizers(raw, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start, best_val_loss, previous_end, skipped = 0, math.inf, None, 0
@@ -271,7 +271,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                       if getattr(cfg, name) != value]
         progress.say(
             f'resumed at iteration {start} of {cfg.max_iters}'
-            + f' (it was to end at {previous_end})' * (previous_end != cfg.max_iters)
+            + f' (it was to end at {previous_end})' * (previous_end not in (None, cfg.max_iters))
             + f'; the learning rate goes on from {learning_rate(cfg, start):.3g}'
             + '; from the checkpoint, not from the settings: ' * bool(overridden)
             + ', '.join(overridden)

@@ -889,3 +889,12 @@ def test_errors_are_not_cut_within_a_word(tiny, error_of):
 def test_bench_names_its_rows(error_of):
     error = error_of(bench.main, '--only=nope', '--device=cpu')
     assert "'nope'" in error and 'baby' in error
+
+
+def test_weights_that_do_not_fit_are_not_resumed(tiny, error_of):
+    run(max_iters=2)
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    checkpoint['model']['transformer.ln_f.weight'] = torch.ones(3)
+    torch.save(checkpoint, 'out/ckpt.pt')
+    error = error_of(train.main, *flags(**RUN | dict(init_from='resume', max_iters=3)))
+    assert 'the weights do not fit' in error and error.count('\n') == 1
