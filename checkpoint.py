@@ -7,13 +7,11 @@ the weights with the best validation loss.
 """
 
 import glob
-import math
 import os
 import pickle
 import shutil
 import warnings
-from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from textwrap import shorten
 
 import torch
@@ -44,35 +42,27 @@ def save(path, checkpoint):
 
 def set_aside(out_dir):
     """Move what a former run left in `out_dir` to `out_dir/previous`; returns whether it did."""
+    previous = os.path.join(out_dir, 'previous')
     names = [name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
              if os.path.exists(os.path.join(out_dir, name))]
     if names:
-        previous = os.path.join(out_dir, 'previous')
         shutil.rmtree(previous, ignore_errors=True)
         os.makedirs(previous)
-        for name in names:
-            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
     return bool(names)
-
-
-def checkpoint_file(path):
-    """The file to read for `path`: itself, or in a folder best.pt and else ckpt.pt."""
-    if not os.path.isdir(path):
-        return path
-    files = [os.path.join(path, name) for name in ('best.pt', 'ckpt.pt')]
-    found = [file for file in files if os.path.isfile(file)]
-    if not found:
-        raise FileNotFoundError(f'no best.pt or ckpt.pt in the folder {path}: train into it first')
-    return found[0]
 
 
 def load_checkpoint(path, mmap=False):
     """Read a checkpoint, ours or nanoGPT's, onto the CPU; with `mmap` not before it is looked at.
 
-    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, damaged or
-    something else.
+    path: the file, or a folder, of which best.pt or else ckpt.pt is taken. Raises
+    FileNotFoundError or ValueError, in one line, for a file that is missing, damaged or something
+    else.
     """
-    path = checkpoint_file(path)
+    if os.path.isdir(path):
+        best, latest = os.path.join(path, 'best.pt'), os.path.join(path, 'ckpt.pt')
+        path = best if os.path.exists(best) else latest
     if not os.path.exists(path):
         found = ', '.join(sorted({os.path.dirname(file) for file in glob.glob('out*/*.pt')}))
         raise FileNotFoundError(f'no checkpoint {path}: ' + (
@@ -82,30 +72,32 @@ def load_checkpoint(path, mmap=False):
         with warnings.catch_warnings():  # about pickles that it will refuse anyway
             warnings.simplefilter('ignore')
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        # nanoGPT saves compiled models under their wrapper's name, and once saved masks.
+        weights = {name.removeprefix('_orig_mod.'): weight
+                   for name, weight in checkpoint['model'].items()
+                   if not name.endswith('.attn.bias')}
+        checkpoint |= {
+            'model': weights,
+            'config': dict(checkpoint.get('config', {})),
+            'log': dict(checkpoint.get('log', {})),
+            'iter_num': int(checkpoint['iter_num']),
+            'best_val_loss': float(checkpoint['best_val_loss']),
+        }
+        model_config(checkpoint)  # which must be possible
+        return checkpoint
     except pickle.UnpicklingError:
         raise ValueError(
             f'{path} was not loaded: it is no checkpoint, or holds more than tensors and plain '
             'values and might run code; give the .pt file that train.py wrote'
         ) from None
-    except (RuntimeError, OSError, EOFError, LookupError, AttributeError, TypeError) as error:
-        reason = shorten(str(error), 100) or 'it is empty'
-        raise ValueError(f'{path} is damaged or cut off ({reason}): take an older copy') from None
-    for key, default in {'model': None, 'model_args': None, 'config': {}, 'optimizer': {}}.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key, default), dict):
-            raise ValueError(f'{path} is no checkpoint of a GPT: it has no dict {key!r}; give the '
-                             '.pt file that train.py wrote')
-    # nanoGPT saves compiled models under their wrapper's name, and once saved masks: (1, 1, T, T).
-    weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-    checkpoint['model'] = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
-    return checkpoint
+    except Exception as error:  # damage shows in many ways
+        raise ValueError(f'{path} is damaged, or no checkpoint of a GPT ({reason(error)}): take '
+                         'the .pt file that train.py wrote, or an older copy') from None
 
 
-def recorded_best(out_dir):
-    """The validation loss of `out_dir`/best.pt, or infinity where there is none to read."""
-    try:
-        return float(load_checkpoint(os.path.join(out_dir, 'best.pt'))['best_val_loss'])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
+def reason(error):
+    """An exception in a few words."""
+    return f'{type(error).__name__}: {shorten(str(error), 100)}'
 
 
 # --- from checkpoints to models
@@ -113,7 +105,7 @@ def recorded_best(out_dir):
 
 def tokenizer_state(checkpoint, path):
     """The state of a checkpoint's tokenizer; nanoGPT keeps it with the dataset."""
-    folder = os.path.join('data', str(checkpoint.get('config', {}).get('dataset', '')))
+    folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
     if checkpoint.get('tokenizer'):
         return checkpoint['tokenizer']
     if os.path.exists(os.path.join(folder, 'meta.json')):
@@ -126,19 +118,10 @@ def tokenizer_state(checkpoint, path):
 
 def model_config(checkpoint, **changes):
     """The class and the config of a checkpoint's model; `changes` override the config."""
-    config = checkpoint.get('config', {})
+    config = checkpoint['config']
     cls, config_cls = MODELS.get(config.get('model'), MODELS['gpt'])
     gelu = {'gelu': config['gelu']} if 'gelu' in config else {}
-    try:
-        return cls, config_cls(**{**checkpoint['model_args'], **gelu, **changes})
-    except TypeError as error:
-        raise ValueError(f'the model_args do not fit a {cls.__name__}: {error}') from None
-
-
-def build_model(checkpoint):
-    """The model of a checkpoint, with its weights. Raises ValueError where they do not fit."""
-    cls, config = model_config(checkpoint)
-    return build(cls, config, checkpoint['model'], torch.device('cpu'))
+    return cls, config_cls(**checkpoint['model_args'] | gelu | changes)
 
 
 def is_pretrained(name):
@@ -154,26 +137,28 @@ def from_pretrained(name, dropout=0.0):
     """The GPT or Llama of that name. Raises as `GPT.from_pretrained`."""
     from transformers import PretrainedConfig
 
-    config = {}
-    with suppress(OSError):  # which is told by what follows
-        config, _ = PretrainedConfig.get_config_dict(name)
-    is_llama = config.get('model_type') in ('llama', 'qwen3')
-    return (Llama if is_llama else GPT).from_pretrained(name, dropout)
+    model_type = PretrainedConfig.get_config_dict(name)[0].get('model_type')
+    return (GPT if model_type == 'gpt2' else Llama).from_pretrained(name, dropout)
 
 
 def load_model(path):
-    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face."""
+    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face.
+
+    Raises ValueError, OSError or ImportError, in one line.
+    """
     if is_pretrained(path):
         return from_pretrained(path), tokenizer_of(path)
     checkpoint = load_checkpoint(path)
-    return build_model(checkpoint), tokenizer_from(tokenizer_state(checkpoint, path))
+    cls, config = model_config(checkpoint)
+    model = build(cls, config, checkpoint['model'], torch.device('cpu'))
+    return model, tokenizer_from(tokenizer_state(checkpoint, path))
 
 
 # --- where a training run begins
 
 
 def starting_point(cfg, tokenizer, ranks):
-    """Where to begin: the model's class, its config, its weights by name, a checkpoint to resume.
+    """Where to begin: `cfg` with the model's shape, its config, its weights by name, a checkpoint.
 
     The weights are None where they are to be drawn, the checkpoint where none is resumed. What
     comes from a checkpoint has that checkpoint's shape; only its dropout, and a shorter block_size
@@ -181,20 +166,21 @@ def starting_point(cfg, tokenizer, ranks):
     """
     state, resume = tokenizer.state(), cfg.init_from == 'resume'
     handed_out = cfg.shard and not ranks.is_main  # rank 0 reads the weights for all
+    weights = checkpoint = None
     if cfg.init_from == 'scratch':
         cls, config_cls = MODELS[cfg.model]
         shape = {field.name: getattr(cfg, field.name) for field in fields(config_cls)
                  if hasattr(cfg, field.name)}
         # 50304 is a multiple of 64, which is faster on GPUs; training pushes the padding down.
         vocab_size = 50304 if tokenizer.vocab_size == 50257 else tokenizer.vocab_size
-        return cls, config_cls(**shape | {'vocab_size': vocab_size}), None, None
-    if is_pretrained(cfg.init_from):
+        config = config_cls(**shape | {'vocab_size': vocab_size})
+    elif is_pretrained(cfg.init_from):
         refuse_other_tokens(cfg.init_from, tokenizer_of(cfg.init_from).state(), state)
         model = None if handed_out else from_pretrained(cfg.init_from, cfg.dropout)
         cls, config = ranks.from_main(model and (type(model), model.config))
         weights = model and model.state_dict()
     else:
-        path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else checkpoint_file(cfg.init_from)
+        path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else cfg.init_from
         checkpoint = load_checkpoint(path, mmap=handed_out)
         if resume:
             check_resumable(checkpoint, path, cfg, state)
@@ -202,29 +188,24 @@ def starting_point(cfg, tokenizer, ranks):
             adapt_alphabet(checkpoint, tokenizer_state(checkpoint, path), state, path)
         cls, config = model_config(checkpoint, dropout=cfg.dropout)
         weights = checkpoint['model']
-        if resume:
-            return cls, config, weights, checkpoint
-    if cls is not Bigram and cfg.block_size > config.block_size:
-        raise ValueError(f'block_size={cfg.block_size} is longer than the {config.block_size} '
-                         'positions that the model has learnt: give a --block_size up to that')
-    config.block_size = cfg.block_size
-    if cls is GPT and weights:
-        weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
-    return cls, config, weights, None
+    if cfg.init_from not in ('scratch', 'resume'):
+        if cls is not Bigram and cfg.block_size > config.block_size:
+            raise ValueError(f'block_size={cfg.block_size} is longer than the {config.block_size} '
+                             'positions that the model has learnt: give a --block_size up to that')
+        config.block_size = cfg.block_size
+        if cls is GPT and weights:
+            weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
+    shape = {name: value for name, value in vars(config).items() if hasattr(cfg, name)}
+    shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
+    return replace(cfg, **shape), config, weights, checkpoint if resume else None
 
 
 def check_resumable(checkpoint, path, cfg, state):
     """Raise ValueError unless `checkpoint` is a state of a run on these tokens."""
-    kinds = {'optimizer': dict, 'config': dict, 'iter_num': int,
-             'best_val_loss': (int, float, torch.Tensor), 'log': (dict, type(None))}
-    wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-    reason = f'has no proper {wrong[0]!r}' if wrong else ''
     few = state['vocab_size'] > checkpoint['model_args'].get('vocab_size', 0)
     if few or checkpoint.get('tokenizer') not in (None, state):
-        reason = f'was trained on other tokens than {cfg.dataset} has now'
-    if reason:
-        raise ValueError(f'{path} {reason}, so its run cannot go on: begin a new one from the '
-                         f'weights with --init_from={path} and another --out_dir')
+        raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: begin a '
+                         f'new run from its weights with --init_from={path} and another --out_dir')
     if checkpoint['iter_num'] > cfg.max_iters:
         raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
                          f'max_iters={cfg.max_iters}: give a larger --max_iters')
@@ -249,11 +230,10 @@ def adapt_alphabet(checkpoint, theirs, state, path):
     weights, known = checkpoint['model'], {char: row for row, char in enumerate(theirs['chars'])}
     if 'table.weight' in weights:
         raise ValueError(f'{path} is a bigram of another alphabet: train one from scratch')
-    random = torch.Generator()
-    tables = ('transformer.wte.weight', 'model.embed_tokens.weight', 'lm_head.weight')
-    for key in weights.keys() & tables:
+    for key in weights.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
+                                 'lm_head.weight'}:
         shape = state['vocab_size'], weights[key].size(1)
-        rows = torch.normal(0, 0.02, shape, generator=random.manual_seed(0))
+        rows = torch.normal(0, 0.02, shape, generator=torch.Generator().manual_seed(0))
         for row, char in enumerate(state['chars']):
             if char in known:
                 rows[row] = weights[key][known[char]]
@@ -287,7 +267,7 @@ def restore(optimizers, scaler, checkpoint):
                         value.to(p.device) if name == 'step' else like(value, p))
         if checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError("the checkpoint's optimizer does not fit its model "
-                         f'({shorten(str(error), 100)}): begin a new run from the weights with '
-                         '--init_from=ckpt.pt and another --out_dir') from None
+    except Exception as error:
+        raise ValueError(f"the checkpoint's optimizer does not fit its model ({reason(error)}): "
+                         'begin a new run from the weights with --init_from=ckpt.pt and another '
+                         '--out_dir') from None

@@ -76,8 +76,8 @@ class Split:
 
     def __init__(self, path, vocab_size):
         self.path, self.vocab_size = path, vocab_size
-        size = os.path.getsize(path)
-        if size % 2:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size % 2 or not size:
             raise UserError(f'{path} has {size} bytes, which are no 16-bit ids: prepare it again')
         self.tokens = size // 2
         self.file = open(path, 'rb', buffering=0)
@@ -94,8 +94,7 @@ class Split:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             raise UserError(
                 f'{self.path} has the id {rows[row, column]} at position {offsets[row] + column}, '
-                f'but the vocabulary ends at {self.vocab_size - 1}: the dataset was made with '
-                "another tokenizer than the model's; prepare it again or choose another dataset"
+                f'but the vocabulary ends at {self.vocab_size - 1}: prepare the dataset again'
             )
         return rows.astype(np.int64)
 
@@ -103,12 +102,17 @@ class Split:
         """Inputs and targets, each (B, block_size) int64 on `device`: y is x one token later."""
         import torch  # here, so that preparing text starts without it
 
-        rows = torch.from_numpy(self.read(offsets, block_size + 1))
-        if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        else:
-            rows = rows.to(device)
+        rows, on_gpu = torch.from_numpy(self.read(offsets, block_size + 1)), device.type == 'cuda'
+        # Pinned, the copy doesn't wait for the GPU's work.
+        rows = (rows.pin_memory() if on_gpu else rows).to(device, non_blocking=on_gpu)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def random_offsets(self, seed, count, block_size):
+        """Where `count` random windows begin, of `block_size` tokens and the next one."""
+        if self.tokens <= block_size:
+            raise UserError(f'{self.path} has {self.tokens} tokens, too few for block_size='
+                            f'{block_size}: take a smaller block_size or a longer text')
+        return np.random.default_rng(seed).integers(self.tokens - block_size, size=count)
 
 
 def training_batches(split, cfg, ranks, device, it):
@@ -119,8 +123,7 @@ def training_batches(split, cfg, ranks, device, it):
     """
     B, T = cfg.batch_size, cfg.block_size
     while True:
-        random = np.random.default_rng((cfg.seed, it))
-        offsets = random.integers(split.tokens - T, size=cfg.gradient_accumulation_steps * B)
+        offsets = split.random_offsets((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
         for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:
             yield split.batch(mine, T, device)
         it += 1
@@ -134,13 +137,11 @@ def evaluation_batches(split, cfg, ranks, device):
     """
     B, T = cfg.batch_size, cfg.block_size
     if cfg.eval_iters:
-        random = np.random.default_rng((cfg.seed, 0, 0))
-        offsets = random.integers(split.tokens - T, size=cfg.eval_iters * B)
+        offsets, rest = split.random_offsets((cfg.seed, 0, 0), cfg.eval_iters * B, T), 0
     else:
-        offsets = np.arange(0, split.tokens - T, T)
+        offsets, rest = np.arange(0, split.tokens - T, T), (split.tokens - 1) % T
     batches = [(offsets[i : i + B], T) for i in range(0, len(offsets), B)]
-    rest = (split.tokens - 1) % T
-    if not cfg.eval_iters and rest:
+    if rest:  # a last window that is shorter
         batches.append(([split.tokens - 1 - rest], rest))
     for i in range(0, len(batches), ranks.world_size):
         mine, length = batches[min(i + ranks.rank, len(batches) - 1)]
@@ -161,23 +162,10 @@ class Dataset:
         meta = read_meta(folder)
         self.source = meta.get('source', folder)
         self.tokenizer = tokenizer_from(meta['tokenizer'])
-        self.splits = {}
-        for split in ('train', 'val', 'test'):
-            path = os.path.join(folder, f'{split}.bin')
-            if not os.path.exists(path):
-                if split == 'test':
-                    continue
-                raise UserError(f'{path} is missing: prepare the dataset again')
-            self.splits[split] = Split(path, self.tokenizer.vocab_size)
-
-    def check_length(self, block_size):
-        """Raise UserError unless every split has a window of `block_size` tokens and the next."""
-        for split in self.splits.values():
-            if split.tokens <= block_size:
-                raise UserError(
-                    f'{split.path} has {split.tokens} tokens, too few for '
-                    f'block_size={block_size}: take a smaller block_size or a longer text'
-                )
+        names = [split for split in ('train', 'val', 'test')
+                 if split != 'test' or os.path.exists(os.path.join(folder, 'test.bin'))]
+        self.splits = {split: Split(os.path.join(folder, f'{split}.bin'),
+                                    self.tokenizer.vocab_size) for split in names}
 
 
 def make(name, folder):

@@ -106,6 +106,8 @@ def pack_linears(model):
 
 def ready(model, device, dtype, quantize='', compiled=False):
     """Bring a model, in place, into the form that samples fastest on `device`; returns it."""
+    if quantize not in ('', 'int8'):
+        raise UserError(f'quantize={quantize!r} must be int8, or be left out')
     model.to(device, dtype).eval()
     if quantize == 'int8':
         quantize_int8(model)

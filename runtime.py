@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import importlib.util
 import io
 import os
 import signal
@@ -22,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from console import UsageError, UserError, user_errors
+import plot_loss
+from console import Progress, UsageError, UserError, user_errors
 
 # --- device and precision
 
@@ -167,10 +169,6 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean(self, tensor):
-        """`tensor`, averaged over the ranks, in place."""
-        return self.sum(tensor).div_(self.world_size) if self.world_size > 1 else tensor
-
     def any(self, flag):
         """Whether `flag` is true on any rank; on the CPU side, so that nobody waits for a GPU."""
         return self.sum(torch.tensor(float(flag))).item() > 0 if self.world_size > 1 else flag
@@ -303,28 +301,25 @@ def sync_gradients(model, sync):
 class StopSignal:
     """After Ctrl-C or SIGTERM, `received` is its number, not 0, and the run may end in good order.
 
-    A second Ctrl-C exits at once; under torchrun, which repeats the one that the terminal has sent
-    to every process already, not within the same second.
+    A second Ctrl-C exits at once; but not within a second, since torchrun repeats the one that the
+    terminal has sent to every process already.
     """
 
     def __init__(self, speaks):
         self.speaks = speaks  # one of several processes does
 
     def __enter__(self):
-        self.received = 0
-        self.before = {}
+        self.received, self.before = 0, {}
         with contextlib.suppress(ValueError):  # signals are for the main thread only
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.handle)
         return self
 
     def handle(self, number, frame):
-        now = time.monotonic()
-        repeated = 'TORCHELASTIC_RUN_ID' in os.environ and self.received and now - self.at < 1
-        if self.received and number == signal.SIGINT and not repeated:
+        if self.received and number == signal.SIGINT and time.monotonic() - self.at > 1:
             os._exit(128 + number)
         if not self.received:
-            self.received, self.at = number, now
+            self.received, self.at = number, time.monotonic()
             if self.speaks:  # os.write, since print may be what was interrupted
                 with contextlib.suppress(OSError):
                     os.write(1, b'\nfinishing this iteration, then saving; '
@@ -339,7 +334,7 @@ class StopSignal:
 
 
 class Log:
-    """`log.csv`, one row per logged iteration, and Weights & Biases if asked for.
+    """`log.csv`, one row per logged iteration; loss.png; and Weights & Biases if asked for.
 
     The rows of a new run wait in memory until `open`, so that nothing of a former run is touched
     before there is something to keep. A resumed run goes on at `position`, which its checkpoint
@@ -350,9 +345,10 @@ class Log:
                'grad_norm skipped tokens_per_s mfu seconds').split()
 
     def __init__(self, cfg, ranks, position=None):
-        self.path = os.path.join(cfg.out_dir, 'log.csv')
+        self.out_dir, self.path = cfg.out_dir, os.path.join(cfg.out_dir, 'log.csv')
         self.is_main, self.file, self.wandb = ranks.is_main, io.StringIO(), None
         self.is_waiting = position is None
+        self.draws = importlib.util.find_spec('matplotlib') is not None
         self.began = time.perf_counter() - (position or {}).get('seconds', 0.0)
         if self.is_main and cfg.wandb_log:
             with user_errors():
@@ -360,10 +356,9 @@ class Log:
             self.wandb = wandb.init(
                 project=cfg.wandb_project, name=cfg.wandb_run_name, config=vars(cfg)
             )
+        csv.writer(self.file).writerow(self.columns)
         if position is not None:
             self.open(position.get('bytes'))
-        elif self.is_main:
-            csv.writer(self.file).writerow(self.columns)
 
     def open(self, size=0):
         """Write to the file from now on, after its first `size` bytes (None: after all)."""
@@ -373,9 +368,8 @@ class Log:
         waiting = self.file.getvalue()
         self.file = open(self.path, 'a', newline='', encoding='utf-8')
         self.file.truncate(min(size, self.file.tell()) if size is not None else None)
-        if not self.file.tell() and not waiting:
-            csv.writer(self.file).writerow(self.columns)
-        self.file.write(waiting)
+        if not self.file.tell():
+            self.file.write(waiting)
 
     def position(self):
         """What a checkpoint keeps of the log, to go on from there."""
@@ -395,3 +389,9 @@ class Log:
                             'then go on with --init_from=resume') from None
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iteration'])
+        if row['val_loss'] is not None and self.draws and not self.is_waiting:
+            try:
+                plot_loss.draw([self.out_dir], os.path.join(self.out_dir, 'loss.png'))
+            except Exception as error:  # no picture is worth a run
+                self.draws = False
+                Progress().say(f'(no loss.png from here on: {error})')

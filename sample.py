@@ -17,7 +17,7 @@ import runtime
 from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError
-from model import sample_from, stream
+from model import stream
 from quantize import ready
 from tokenizer import prompt_ids
 
@@ -43,12 +43,6 @@ class SampleConfig:
         for name in ('num_samples', 'max_new_tokens'):
             if getattr(self, name) < 1:
                 raise UsageError(f'{name} is {getattr(self, name)}: it must be at least 1')
-        if self.quantize not in ('', 'int8'):
-            raise UsageError(f'quantize={self.quantize!r} must be int8, or be left out')
-        try:
-            sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
 
 
 def read_prompt(start):
@@ -74,10 +68,9 @@ def read_prompt(start):
 class Text:
     """One text that grows token by token, up to the stop string if there is one."""
 
-    def __init__(self, start, decode, stop):
-        self.text, self.decode, self.stop = start, decode, stop
-        self.start = self.shown = len(start)
-        self.done = False
+    def __init__(self, prompt, decode, stop):
+        self.text, self.decode, self.stop = prompt, decode, stop
+        self.start, self.shown, self.done = len(prompt), 0, False
 
     def add(self, token):
         """Take one more id."""
@@ -95,21 +88,11 @@ class Text:
         return new
 
 
-def main(argv):
-    cfg = override(SampleConfig(), argv, usage=__doc__)
+def write(cfg, prompt):
+    """Print `num_samples` texts that go on from `prompt`."""
     device = runtime.pick_device(cfg.device)
     dtype = runtime.pick_dtype(cfg.dtype, device)
     runtime.tune(device)
-    prompt = read_prompt(cfg.start)
-    with (
-        console.user_errors(),
-        runtime.out_of_memory(f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'),
-    ):
-        write(cfg, prompt, device, dtype)
-
-
-def write(cfg, prompt, device, dtype):
-    """Print `num_samples` texts that go on from `prompt`."""
     model, tokenizer = load_model(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)
     ready(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
@@ -121,7 +104,6 @@ def write(cfg, prompt, device, dtype):
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     texts = [Text(prompt, tokenizer.decoder(), cfg.stop) for _ in range(cfg.num_samples)]
-    print(prompt, end='', flush=True)
     for tokens in stream(
         model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
         tokenizer.vocab_size,
@@ -135,6 +117,13 @@ def write(cfg, prompt, device, dtype):
     for text in texts[1:]:
         print('---------------')
         print(text.text)
+
+
+def main(argv):
+    cfg = override(SampleConfig(), argv, usage=__doc__)
+    remedy = f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'
+    with console.user_errors(), runtime.out_of_memory(remedy):
+        write(cfg, read_prompt(cfg.start))
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@
 `TrainConfig` lists every setting; `training_run` has the loop, to be read from top to bottom.
 """
 
-import importlib.util
 import math
 import os
 import shlex
@@ -22,11 +21,8 @@ import numpy as np
 import torch
 
 import console
-import plot_loss
 import runtime
-from checkpoint import (
-    MODELS, recorded_best, restore, save, set_aside, starting_point,
-)
+from checkpoint import MODELS, restore, save, set_aside, starting_point
 from configurator import override
 from console import Progress, UsageError, UserError, clock
 from dataset import Dataset, evaluation_batches, training_batches
@@ -100,31 +96,24 @@ class TrainConfig:
                 known = ', '.join(MODEL_SIZES)
                 raise UsageError(f'model_size={self.model_size!r} must be one of {known}')
             self.n_layer, self.n_head, self.n_embd = MODEL_SIZES[self.model_size]
+            self.model_size = ''
         if self.model not in MODELS:
             raise UsageError(f'model={self.model!r} must be one of {", ".join(MODELS)}')
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
-        at_least = {
-            1: 'eval_interval log_interval gradient_accumulation_steps batch_size max_iters '
-               'muon_steps',
-            0: 'eval_iters sample_tokens warmup_iters lr_decay_iters learning_rate min_lr '
-               'weight_decay grad_clip beta1 beta2 muon_lr muon_momentum muon_weight_decay '
-               'peak_tflops seed',
-        }
-        for least, names in at_least.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not value >= least:  # so that NaN is refused as well
-                    raise UsageError(f'{name} is {value}: it must be at least {least}')
+        counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
+                  'max_iters', 'muon_steps')
+        for name, value in vars(self).items():
+            least = 1 if name in counts else 0
+            if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
+                raise UsageError(f'{name} is {value}: it must be at least {least}')
+            if name in ('beta1', 'beta2', 'muon_momentum') and value >= 1:
+                raise UsageError(f'{name} is {value}: it must be below 1')
         if self.optimizer not in ('adamw', 'muon'):
             raise UsageError(f'optimizer={self.optimizer!r} must be adamw or muon')
-        if self.optimizer == 'muon' and self.model == 'bigram':
-            raise UsageError('optimizer=muon needs matrices inside blocks: use a gpt or llama')
-        if self.optimizer == 'muon' and self.shard:
-            raise UsageError('optimizer=muon needs whole matrices: leave out --shard')
-        for name in ('beta1', 'beta2', 'muon_momentum'):
-            if getattr(self, name) >= 1:
-                raise UsageError(f'{name} is {getattr(self, name)}: it must be below 1')
+        if self.optimizer == 'muon' and (self.model == 'bigram' or self.shard):
+            raise UsageError('optimizer=muon needs whole matrices inside blocks: use a gpt or a '
+                             'llama, without --shard')
 
 
 def learning_rate(cfg, it):
@@ -151,22 +140,22 @@ def make_optimizers(model, cfg):
     et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; with weight decay, Liu
     et al. 2025, arXiv:2502.16982.
     """
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
     hidden = []
     if cfg.optimizer == 'muon':
         hidden = [p for block in model.blocks for p in block.parameters() if p.dim() >= 2]
-        inside = {id(p) for p in hidden}
-        matrices = [p for p in matrices if id(p) not in inside]
+    inside = set(hidden)
+    rest = [p for p in model.parameters() if p not in inside]
     adamw = torch.optim.AdamW(
-        [{'params': matrices, 'weight_decay': cfg.weight_decay},
-         {'params': vectors, 'weight_decay': 0.0}],
+        [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': cfg.weight_decay},
+         {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}],
         lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True,
     )
-    return [adamw] + ([torch.optim.Muon(
+    if not hidden:
+        return [adamw]
+    return [adamw, torch.optim.Muon(
         hidden, lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_weight_decay,
         ns_steps=cfg.muon_steps,
-    )] if hidden else [])
+    )]
 
 
 @torch.no_grad()
@@ -175,21 +164,23 @@ def evaluate(model, batches, amp, ranks, stop, progress):
 
     batches: from `evaluation_batches`. Returns None if a signal came to stop the run.
     """
+    total, count = 0.0, 0
     model.eval()
-    losses, counts = [], []
     for x, y, share in batches:
         if ranks.any(stop.received):
-            model.train()
             return None
         progress.show(share, f'evaluating: {share:.0%}')
         with amp:
             _, loss = model(x, y, loss_only=True)
-        losses.append(loss)
-        counts.append((y != -1).sum())
+        counted = (y != -1).sum().item()
+        total, count = total + loss.item() * counted, count + counted
     model.train()
-    losses, counts = torch.stack(losses).cpu().double(), torch.stack(counts).cpu().double()
-    total, count = ranks.sum(torch.stack([losses @ counts, counts.sum()])).tolist()
+    total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
+
+
+# Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
+UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\ufffd')
 
 
 def sample_text(model, tokenizer, cfg, device, amp):
@@ -199,21 +190,7 @@ def sample_text(model, tokenizer, cfg, device, amp):
     with amp:
         ids = model.generate(prompt, cfg.sample_tokens, 0.8, top_p=0.95, generator=generator,
                              vocab_size=tokenizer.vocab_size)
-    return tokenizer.decode(ids[0].tolist()).strip('\n')
-
-
-# Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
-UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\ufffd')
-
-
-def draw_losses(out_dir, progress):
-    """Draw loss.png from log.csv; returns whether that worked, so that a failure is told once."""
-    try:
-        plot_loss.draw([out_dir], os.path.join(out_dir, 'loss.png'))
-        return True
-    except Exception as error:
-        progress.say(f'(no loss.png from here on: {error})')
-        return False
+    return tokenizer.decode(ids[0].tolist()).strip('\n').translate(UNPRINTABLE)
 
 
 def train(cfg):
@@ -247,55 +224,43 @@ def train(cfg):
 
 def training_run(cfg, ranks, device, dtype, stop, progress):
     """What `train` does, once there is a device, a process group, and a lock on out_dir."""
-    # ---- set up: data, model, optimizer, and where in the run they stand
+    # ---- set up: data, model, optimizers, and where in the run they stand
     amp = runtime.autocast(device, dtype)
     data = Dataset(cfg.dataset, ranks)
     with console.user_errors():
-        cls, config, weights, checkpoint = starting_point(cfg, data.tokenizer, ranks)
-        raw = runtime.build(cls, config, weights, device, cfg.shard, cfg.seed)
-    optimizers = make_optimizers(raw, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, best_val_loss, previous_end, skipped = 0, math.inf, None, 0
-    shape = {name: value for name, value in asdict(config).items()
-             if name != 'dropout' and hasattr(cfg, name)}
-    shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
-    if checkpoint:
-        start, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-        with console.user_errors():
+        asked, (cfg, config, weights, checkpoint) = cfg, starting_point(cfg, data.tokenizer, ranks)
+        raw = runtime.build(MODELS[cfg.model][0], config, weights, device, cfg.shard, cfg.seed)
+        optimizers = make_optimizers(raw, cfg)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        start, best_val_loss, log_end, former_end = 0, math.inf, None, None
+        if checkpoint:
             restore(optimizers, scaler, checkpoint)
-            # A run may have been killed when best.pt was saved and ckpt.pt was not yet.
-            best_val_loss = min(best_val_loss, recorded_best(cfg.out_dir))
-        previous_end = checkpoint['config'].get('max_iters')
-        skipped = checkpoint.get('log', {}).get('skipped', 0)
-        overridden = [f'{name}={value}' for name, value in shape.items()
-                      if getattr(cfg, name) != value]
-        progress.say(
-            f'resumed at iteration {start} of {cfg.max_iters}'
-            + f' (it was to end at {previous_end})' * (previous_end not in (None, cfg.max_iters))
-            + f'; the learning rate goes on from {learning_rate(cfg, start):.3g}'
-            + '; from the checkpoint, not from the settings: ' * bool(overridden)
-            + ', '.join(overridden)
-        )
-    cfg = replace(cfg, model_size='', **shape)
-    data.check_length(cfg.block_size)
-    log_position = checkpoint and checkpoint.get('log', {})
-    del checkpoint  # a second copy of everything
+            start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+            log_end = checkpoint['log']
+            former_end = checkpoint['config'].get('max_iters')
+            progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
+                         f'goes on from {learning_rate(cfg, start):.3g}')
+            overridden = [f'{name}={value}' for name, value in vars(cfg).items()
+                          if value != getattr(asked, name)]
+            if overridden:
+                progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
+    del checkpoint, weights  # a second copy of everything
 
-    weights = list(raw.parameters())
     batches = training_batches(data.splits['train'], cfg, ranks, device, start)
     x, y = next(batches)
     net = runtime.compiled(raw, cfg, device, amp, (x, y))
+    model = runtime.wrap(net, ranks, cfg.shard)
     if cfg.eval_only:
         unit = 'character' if data.tokenizer.state()['type'] == 'char' else 'token'
         for name, split in data.splits.items():
-            batches = evaluation_batches(split, cfg, ranks, device)
-            loss = evaluate(net, batches, amp, ranks, stop, progress)
-            progress.say('stopped' if loss is None else (
-                f'{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, '
-                f'{loss / math.log(2):.4f} bits per {unit}'))
+            loss = evaluate(net, evaluation_batches(split, cfg, ranks, device), amp, ranks, stop,
+                            progress)
+            if loss is None:
+                raise KeyboardInterrupt
+            progress.say(f'{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, '
+                         f'{loss / math.log(2):.4f} bits per {unit}')
         return None
-    log = Log(cfg, ranks, log_position)
-    model = runtime.wrap(net, ranks, cfg.shard)
+    log = Log(cfg, ranks, log_end)
     # What to seed for dropout. torch.manual_seed would visit all other backends too, which takes
     # noticeable time beside a small model's iteration on a CPU.
     randomness = torch.default_generator if device.type == 'cpu' else torch
@@ -303,42 +268,32 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     update_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     epoch_tokens = data.splits['train'].tokens
     peak_flops = runtime.peak_flops(device, dtype, cfg.peak_tflops) * ranks.world_size
-    flops_per_token = raw.flops_per_token()
-    draws = ranks.is_main and importlib.util.find_spec('matplotlib') is not None
     progress.say(
         f'data/{cfg.dataset} ({data.source}): {epoch_tokens:,} train tokens; {cfg.model} of '
         f'{raw.num_params():,} parameters, {update_tokens:,} tokens an update; {device} in '
         f'{str(dtype).removeprefix("torch.")}; results in {os.path.abspath(cfg.out_dir)}'
     )
-    bad_in_a_row = updates = 0  # updates: since the last row of the log
-    since, evaluation_seconds, pace = time.perf_counter(), 0.0, 0.0
+    bad_in_a_row, skipped = 0, (log_end or {}).get('skipped', 0)
+    since, updates, evaluation_seconds = time.perf_counter(), 0, 0.0  # since the log's last row
 
     for it in range(start, cfg.max_iters + 1):
         last = it == cfg.max_iters
-        losses, improved, failure = {}, False, None
-        if it % cfg.eval_interval == 0 or last or it == previous_end:
-            began = time.perf_counter()
-            try:
-                for name in ('train', 'val'):
-                    losses[name] = evaluate(
-                        net, evaluation_batches(data.splits[name], cfg, ranks, device),
-                        amp, ranks, stop, progress)
-            except Exception as error:
-                if ranks.world_size > 1:
-                    raise  # the other ranks wait within the evaluation
-                failure = error  # whatever went wrong there, the training is saved below
+        began, losses, improved = time.perf_counter(), {}, False
+        if it % cfg.eval_interval == 0 or last or it == former_end:
+            for name in ('train', 'val'):
+                losses[name] = evaluate(
+                    net, evaluation_batches(data.splits[name], cfg, ranks, device),
+                    amp, ranks, stop, progress)
         stopping = ranks.any(stop.received)
-        evaluated = bool(losses) and not stopping and not failure
-        if evaluated:
+        if losses and not stopping:
             improved = it > 0 and losses['val'] <= best_val_loss
             best_val_loss = min(best_val_loss, losses['val']) if it > 0 else best_val_loss
             progress.say(f'step {it}: train loss {losses["train"]:.4f}, '
                          f'val loss {losses["val"]:.4f}' + ' (the best so far)' * improved)
 
         # Nothing is saved at iteration 0: there is nothing yet that a user could lose.
-        ckpt = stopping or failure or improved or (evaluated and cfg.always_save_checkpoint)
-        if it > 0 and ckpt:
-            if ranks.any(not all(runtime.local(p).isfinite().all() for p in weights)):
+        if it > 0 and (stopping or improved or (losses and cfg.always_save_checkpoint)):
+            if ranks.any(not all(runtime.local(p).isfinite().all() for p in raw.parameters())):
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
             if ranks.is_main and log.is_waiting and set_aside(cfg.out_dir):
                 progress.say(f'the former run in {cfg.out_dir} was moved to '
@@ -359,13 +314,11 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 'scaler': scaler.state_dict(),
                 'log': log.position() | {'skipped': skipped},
             }
+            if ranks.is_main:  # first ckpt.pt: from there, a killed run finds this best again
+                save(os.path.join(cfg.out_dir, 'ckpt.pt'), state)
             if ranks.is_main and improved:
                 save(os.path.join(cfg.out_dir, 'best.pt'), best)
-            if ranks.is_main:
-                save(os.path.join(cfg.out_dir, 'ckpt.pt'), state)
             ranks.any(False)  # all wait: torchrun ends the others soon after the first has ended
-        if failure:
-            raise failure
         if stopping:
             saved = f'{os.path.join(cfg.out_dir, "ckpt.pt")} is saved: to go on, the same command '
             progress.say(f'stopped at iteration {it}; ' + (
@@ -373,17 +326,15 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             if log.wandb:
                 log.wandb.finish()
             sys.exit(128 + (stop.received or signal.SIGTERM))
-        if evaluated and cfg.sample_tokens:
+        if losses and cfg.sample_tokens:
             try:
                 text = sample_text(raw, data.tokenizer, cfg, device, amp)
             except Exception as error:
                 text = f'(no sample: {error})'
-            text = text.translate(UNPRINTABLE)
             progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
-        if evaluated:
+        if losses:
             evaluation_seconds = time.perf_counter() - began
             since += evaluation_seconds  # it is no training time
-
         row = {
             'iteration': it, 'tokens': it * update_tokens,
             'epochs': it * update_tokens / epoch_tokens,
@@ -407,12 +358,12 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 _, loss = model(x, y, loss_only=True)
             scaler.scale(loss / micro_steps).backward()
             x, y = next(batches)  # read while the GPU is at work
-            mean_loss += loss.detach() / micro_steps
+            mean_loss += loss.detach() / cfg.gradient_accumulation_steps  # of all ranks
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         # A rare long gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
-        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)
-        loss, norm = ranks.mean(mean_loss).item(), runtime.whole(norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
+        loss, norm = ranks.sum(mean_loss).item(), runtime.whole(norm).item()
         is_finite = math.isfinite(loss + norm)
         if is_finite:  # one bad batch must not spoil the weights
             for optimizer in optimizers:
@@ -431,12 +382,11 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         updates += 1
         seconds = (time.perf_counter() - since) / updates
         speed = update_tokens / seconds
-        mfu = speed * flops_per_token / peak_flops if peak_flops else None
+        mfu = speed * raw.flops_per_token() / peak_flops if peak_flops else None
         status = f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms'
         if it - start >= 5:  # the first updates take longer than those to come
-            pace = 0.9 * (pace or seconds) + 0.1 * seconds
             to_come = (cfg.max_iters - 1) // cfg.eval_interval - it // cfg.eval_interval + 1
-            left = pace * (cfg.max_iters - it - 1) + evaluation_seconds * to_come
+            left = seconds * (cfg.max_iters - it - 1) + evaluation_seconds * to_come
             status += f', {clock(left)} left'
             if it - start == 5 and left > 1800 and device.type == 'cpu':
                 progress.say(f'this will take about {clock(left)} here; made for a CPU are '
@@ -453,12 +403,8 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 'tokens_per_s': round(speed), 'mfu': mfu and round(mfu, 4),
             })
             since, updates = time.perf_counter(), 0
-        if losses and draws and not log.is_waiting:
-            draws = draw_losses(cfg.out_dir, progress)
 
     log.write(row)
-    if draws:
-        draw_losses(cfg.out_dir, progress)
     folder = shlex.quote(cfg.out_dir)
     prompt = '' if cfg.sample_start == '\n' else f' --start={shlex.quote(cfg.sample_start)}'
     progress.say(

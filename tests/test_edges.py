@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from conftest import ROOT, STORY, TINY, flags, script
 from torch.nn import functional as F
 
 import bench
+import checkpoint as checkpoints
 import configurator
 import console
 import model as gpt
@@ -198,7 +198,7 @@ def test_a_finetuning_run_goes_on_with_the_shape_of_its_checkpoint(tiny, capsys)
     run(init_from='first', out_dir='tuned', max_iters=4)
     capsys.readouterr()
     run(init_from='resume', out_dir='tuned', max_iters=6)
-    (note,) = re.findall('resumed at .*', capsys.readouterr().out)
+    (note,) = re.findall('from the checkpoint, .*', capsys.readouterr().out)
     for told in ('n_layer=1', 'n_embd=16', 'bias=True'):
         assert told in note
     assert 'block_size' not in note and 'n_head' not in note  # these agree
@@ -206,18 +206,21 @@ def test_a_finetuning_run_goes_on_with_the_shape_of_its_checkpoint(tiny, capsys)
     assert checkpoint['iter_num'] == 6 and checkpoint['model_args']['n_embd'] == 16
 
 
-def test_a_better_best_than_the_checkpoint_knows_is_kept(tiny):
-    """As after a kill between the two saves, then at a rate that gets nowhere near it."""
-    run(max_iters=3, decay_lr=False)
-    shutil.copy('out/ckpt.pt', 'three.pt')
-    run(max_iters=12, decay_lr=False, init_from='resume')
-    best = load_checkpoint('out/best.pt')
-    assert best['iter_num'] > 3
-    shutil.copy('three.pt', 'out/ckpt.pt')
-    run(max_iters=6, decay_lr=False, learning_rate=1e-4, init_from='resume')
-    after = load_checkpoint('out/best.pt')
-    assert after['iter_num'] == best['iter_num'] and same_weights(after, best)
-    assert load_checkpoint('out/ckpt.pt')['best_val_loss'] == best['best_val_loss']
+def test_a_kill_between_the_two_saves_loses_no_best(tiny, monkeypatch):
+    run(out_dir='whole', max_iters=6)
+    with monkeypatch.context() as patch:
+        def killed(path, checkpoint):
+            if path == 'out/best.pt' and checkpoint['iter_num'] == 6:
+                raise KeyboardInterrupt
+            checkpoints.save(path, checkpoint)
+
+        patch.setattr(train, 'save', killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(max_iters=6)
+    assert load_checkpoint('out/best.pt')['iter_num'] < 6
+    run(max_iters=6, init_from='resume')
+    best, expected = load_checkpoint('out/best.pt'), load_checkpoint('whole/best.pt')
+    assert best['iter_num'] == expected['iter_num'] == 6 and same_weights(best, expected)
 
 
 def test_a_longer_run_keeps_the_last_evaluation_of_the_shorter_one(tiny):

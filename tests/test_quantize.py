@@ -10,7 +10,7 @@ from conftest import TINY
 import console
 import sample
 import train
-from checkpoint import build_model, load_checkpoint
+from checkpoint import load_model
 from model import GPT, Bigram, GPTConfig
 from quantize import quantize_int8
 
@@ -49,7 +49,7 @@ def test_the_loss_of_a_trained_model_stays_within_0_01(tiny, capsys):
     train.train(cfg)
     ids = torch.from_numpy(np.fromfile('data/tiny/val.bin', '<u2').astype(np.int64))
     x, y = ids[:1984].view(-1, 16), ids[1:1985].view(-1, 16)
-    plain, quantized = build_model(load_checkpoint('out')), build_model(load_checkpoint('out'))
+    plain, quantized = load_model('out')[0], load_model('out')[0]
     with torch.no_grad():
         losses = [model(x, y)[1].item() for model in (plain, quantize_int8(quantized))]
     assert losses[0] < 2.6 and 0 < abs(losses[0] - losses[1]) < 0.01

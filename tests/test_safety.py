@@ -16,7 +16,7 @@ import prepare_text
 import runtime
 import sample
 import train
-from checkpoint import adapt_alphabet, build_model, load_checkpoint
+from checkpoint import adapt_alphabet, load_checkpoint, load_model
 from console import UserError, atomic_file
 from model import GPT
 from train import TrainConfig
@@ -96,21 +96,6 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
     for name in ('ckpt.pt', 'best.pt'):
         weights = load_checkpoint(f'out/{name}')['model'].values()
         assert all(w.isfinite().all() for w in weights)
-
-
-def test_an_evaluation_that_fails_loses_no_training(tiny, monkeypatch):
-    evaluate, calls = train.evaluate, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) > 2:
-            raise MemoryError('no room to evaluate')
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, 'evaluate', failing)
-    with pytest.raises(UserError, match='not enough memory .no room to evaluate.: lower --batch'):
-        train.train(TrainConfig(**RUN))
-    assert load_checkpoint('out/ckpt.pt')['iter_num'] == 4
 
 
 def test_a_sample_that_fails_loses_nothing(tiny, monkeypatch, capsys):
@@ -240,7 +225,7 @@ def test_a_redirect_away_from_https_is_not_followed():
 def test_a_checkpoint_without_optimizer_cannot_be_resumed(tiny):
     train.train(TrainConfig(**RUN))
     os.replace('out/best.pt', 'out/ckpt.pt')
-    with pytest.raises(UserError, match="no proper 'optimizer'.*--init_from=out/ckpt.pt"):
+    with pytest.raises(UserError, match="optimizer does not fit.*'optimizer'.*--init_from"):
         train.train(TrainConfig(**RUN | dict(init_from='resume')))
 
 
@@ -280,7 +265,7 @@ def test_checkpoints_hold_plain_types_only(tiny):
         checkpoint = torch.load(f'out/{name}', weights_only=True)
         assert checkpoint['format'] == {'name': 'ozgpt', 'version': 1}
         assert not any(key.startswith('_orig_mod.') for key in checkpoint['model'])
-        assert build_model(load_checkpoint(f'out/{name}')).num_params() > 0
+        assert load_model(f'out/{name}')[0].num_params() > 0
 
 
 def test_a_log_on_a_full_disk_says_so(folder):

@@ -60,7 +60,7 @@ def test_text_stops_before_the_stop_string():
         text.add(i)
         shown += text.new()
         assert 'S' not in shown
-    assert shown == 'abc' and text.text == '>abc' and text.done
+    assert shown == '>abc' and text.text == '>abc' and text.done
 
 
 def test_what_only_looks_like_a_stop_string_is_shown():
