@@ -1,26 +1,21 @@
 """How fast is this machine at what train.py, sample.py and prepare_text.py do?
 
-    python bench.py                                  # the whole table, some minutes
-    python bench.py --only=baby                      # the rows with this word in their name
-    python bench.py --profile=trace.json --only=baby # a torch profiler trace, for ui.perfetto.dev
-    torchrun --standalone --nproc_per_node=4 bench.py --only=shard   # on 4 processes, not 2
+    python bench.py                # the whole table, some minutes
+    python bench.py --only=baby    # the rows with this word in their name
 
 Every row runs in new processes and calls what the scripts themselves run. Speeds are medians; on a
 shared machine compare only figures of one run. Memory is the peak of a process, on its GPU where
 it uses one; where several train, of the last, since the first gathers the checkpoint besides.
 """
 
-import contextlib
-import io
 import os
+import re
 import resource
-import socket
+import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -42,36 +37,30 @@ class BenchConfig:
     device: str = 'auto'  # the best there is of cuda, mps, cpu
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
     compile: bool | None = None  # torch.compile in training; none means on CUDA only
-    peak_tflops: float = 0.0  # the device's peak, to know MFU by; 0 looks it up
-    batch_size: int = 0  # instead of the rows' own, to find the best
-    iterations: int = 0  # updates per training row; 0 takes the row's own number
-    profile: str = ''  # write a trace of the training rows to this file
+    batch_size: int = 0  # of the training rows, to find the best; 0 takes their own
+    row: str = ''  # for bench.py itself: measure this row, in this process
 
 
 def bench_training(cfg, ranks, updates, batch_size, tokenizer='char', **settings):
     """tokens/s and MFU as log.csv has them, after the first rows."""
+    os.chdir(tempfile.mkdtemp(dir='.'))  # where no other rank prepares the dataset
     prepare_text.prepare(prepare_text.read_text([STORY]), 'story', tokenizer)
-    updates = cfg.iterations or updates
-    run = TrainConfig(
-        **settings, dataset='story', max_iters=updates, eval_interval=updates + 1, eval_iters=1,
-        batch_size=cfg.batch_size or batch_size, gradient_accumulation_steps=ranks.world_size,
-        log_interval=max(1, updates // 20), sample_tokens=0, device=cfg.device, dtype=cfg.dtype,
-        compile=cfg.compile, peak_tflops=cfg.peak_tflops,
-    )
-    with torch.profiler.profile() if cfg.profile else contextlib.nullcontext() as profile:
-        train(run)
-    if not ranks.is_main:
-        return '', ''  # only rank 0 writes the log
-    if cfg.profile:
-        profile.export_chrome_trace(cfg.profile)
-    log = np.genfromtxt('out/log.csv', delimiter=',', names=True)[3:-1]  # the last only evaluates
+    train(TrainConfig(
+        **settings, batch_size=cfg.batch_size or batch_size, dataset='story', out_dir='../out',
+        device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates, eval_interval=updates + 1, eval_iters=1,
+        log_interval=max(1, updates // 20), sample_tokens=0,
+        gradient_accumulation_steps=ranks.world_size,
+    ))
+    # The last row only evaluates.
+    log = np.genfromtxt('../out/log.csv', delimiter=',', names=True)[3:-1]
     speed, mfu = np.median(log['tokens_per_s']), np.median(log['mfu'])
     return f'{speed:,.0f} tok/s', 'n/a' if np.isnan(mfu) else f'{mfu:.1%}'
 
 
 def bench_sampling(cfg, ranks, prompt=1, new=100, samples=1, quantize='', **shape):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
-    device, dtype, _ = runtime.settle(cfg, ranks)
+    device, dtype = runtime.settle(cfg)
+    runtime.tune(device)
     model = ready(GPT(GPTConfig(**shape)), device, dtype, quantize)
     speeds = []
     for _ in range(6):
@@ -113,49 +102,45 @@ ROWS = {  # name: the function that measures it, its arguments
 }
 
 
-def run_row(rank, function, cfg, arguments):
-    """In a process of its own, `rank` of the row's: the figures, and the peak memory."""
-    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        os.chdir(folder)
-        figures = function(cfg, runtime.Ranks.from_environment(), **arguments)
-        os.chdir('/')
+def measure(cfg):
+    """Measure `cfg.row` in this process and those that torchrun started with it; print it."""
+    ranks = runtime.Ranks.from_environment()
+    function, arguments = ROWS[cfg.row]
+    figures = function(cfg, ranks, **arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == 'darwin' else 1024  # bytes there, KiB elsewhere
-    return *figures, f'{(torch.cuda.max_memory_allocated() or peak) / 2**30:.2f} GiB'
+    memory = f'{(torch.cuda.max_memory_allocated() or peak) / 2**30:.2f} GiB'
+    if ranks.rank == ranks.world_size - 1:
+        name = f'{cfg.row}, {ranks.world_size} processes' if 'shard' in arguments else cfg.row
+        print('| ' + ' | '.join((name, *figures, memory)) + ' |')
 
 
 def main(argv):
-    cfg, ranks = override(BenchConfig(), argv, usage=__doc__), runtime.Ranks.from_environment()
-    device, dtype, _ = runtime.settle(cfg, ranks)
+    cfg = override(BenchConfig(), argv, usage=__doc__)
+    if cfg.row:
+        return measure(cfg)
+    device, dtype = runtime.settle(cfg)
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
-    chosen = {name: row for name, row in ROWS.items()
-              if cfg.only in name and (gpus or row[1] is not ON_CUDA)}
+    chosen = [name for name, (_, arguments) in ROWS.items()
+              if cfg.only in name and (gpus or arguments is not ON_CUDA)]
     if not chosen:
         raise console.UsageError(f'only={cfg.only!r} is in no name: choose from {"; ".join(ROWS)}')
-    if not ranks.is_main:
-        return  # rank 0 starts the processes of every row
-    cfg.profile = cfg.profile and os.path.abspath(cfg.profile)
     hardware = torch.cuda.get_device_name(device) if gpus else f'{os.cpu_count()} cores'
     print(f'torch {torch.__version__}, {device} ({hardware}), {str(dtype).split(".")[1]}\n')
-    print('| work | speed | MFU | peak memory |\n|---|---|---|---|')
-    for name, (function, arguments) in chosen.items():
-        processes = 1
-        if 'shard' in arguments:
-            processes = ranks.world_size if ranks.world_size > 1 else gpus or 2
-            name += f', {processes} processes'
-        with socket.create_server(('localhost', 0)) as unused:
-            port = unused.getsockname()[1]
-        os.environ |= {'WORLD_SIZE': str(processes), 'MASTER_PORT': str(port),
-                       'MASTER_ADDR': 'localhost', 'TORCHELASTIC_USE_AGENT_STORE': 'False'}
-        with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
-            tasks = [pool.submit(run_row, rank, function, cfg, arguments)
-                     for rank in range(processes)]
-            try:
-                cells = *tasks[0].result()[:2], tasks[-1].result()[2]
-            except (console.UserError, RuntimeError) as error:  # too little memory, say
-                cells = f'not measured: {" ".join(str(error).split())}', '', ''
-        print('| ' + ' | '.join((name, *cells)) + ' |', flush=True)
+    print('| work | speed | MFU | peak memory |\n|---|---|---|---|', flush=True)
+    for name in chosen:
+        cfg.row = name
+        command = [sys.executable, os.path.abspath(__file__)]
+        if 'shard' in ROWS[name][1]:
+            processes = f'--nproc_per_node={gpus or 2}'
+            command[1:1] = ['-m', 'torch.distributed.run', '--standalone', processes]
+        command += [f'--{key}={value}' for key, value in vars(cfg).items()]
+        with tempfile.TemporaryDirectory() as folder:
+            result = subprocess.run(command, cwd=folder, capture_output=True, encoding='utf-8')
+        row = re.search(r'^\| .*', result.stdout, re.M)
+        error = re.search(r'^\S*[Ee]rror: .*', result.stderr, re.M)  # too little memory, say
+        reason = error.group() if error else f'exit code {result.returncode}'
+        print(row.group() if row else f'| {name} | {reason} | | |', flush=True)
 
 
 if __name__ == '__main__':

@@ -11,11 +11,12 @@ import difflib
 import inspect
 import os
 import re
+import runpy
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import ModuleType
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from console import UsageError
 
@@ -28,69 +29,56 @@ def override(config, argv, usage=''):
 
     A flag is --key=value; a bare --flag means true. Dashes in a flag's name count as underscores.
     `--help` prints `usage` and every setting with its default and reason, and exits. Raises
-    UsageError in one sentence for a file that is missing or broken, an unknown name, or a value
-    of the wrong type.
+    UsageError, in one line, for a broken file, an unknown name or a value of the wrong type.
     """
     if '--help' in argv or '-h' in argv:
         print(usage.strip() + '\n\n' + describe(config))
         sys.exit(0)
     # The types that a setting takes: (float, NoneType) for `float | None`, (int,) for `int`.
-    types = {name: get_args(hint) or (hint,)
-             for name, hint in get_type_hints(type(config)).items()}
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(config)}
     values = {}
     for arg in argv:
-        if not arg.startswith('-'):
-            for name, value in run_file(arg).items():
-                allowed = types_of(name, types, f'{name!r} in {arg}')
-                values[name] = checked(value, allowed, f'{name} in {arg} is {value!r}')
-            continue
+        is_flag = arg.startswith('-')
         flag, equals, text = arg.partition('=')
-        name = flag.lstrip('-').replace('-', '_')
-        allowed = types_of(name, types, flag)
-        if not equals and bool not in allowed:
-            raise UsageError(f'{flag} needs a value: write {flag}=VALUE, with no space')
-        values[name] = checked(parsed(text if equals else 'true', allowed), allowed, arg)
+        assigned = {flag.lstrip('-').replace('-', '_'): text} if is_flag else run_file(arg)
+        for name, value in assigned.items():
+            if name not in types:
+                raise UsageError(f'{arg}: {name!r} is not a setting: {suggestion(name, types)}')
+            allowed = types[name]
+            if is_flag and not equals and bool not in allowed:
+                raise UsageError(f'{flag} needs a value: write {flag}=VALUE, with no space')
+            if is_flag and str not in allowed:
+                value = parsed(text if equals else 'true')
+            values[name] = checked(value, allowed, f'{arg}: {name}={value!r}')
     return replace(config, **values)
 
 
 def run_file(path):
     """What an override file assigns; it is looked for here, then beside the scripts."""
     found = path if os.path.exists(path) else os.path.join(os.path.dirname(__file__), path)
-    names = {'__file__': found}
     try:
-        with open(found, 'rb') as file:
-            source = file.read()
-    except OSError as error:
-        raise UsageError(f'cannot read the config file {path!r} ({error.strerror}): arguments '
-                         'without -- are settings files, flags look like --key=value') from None
-    try:
-        exec(compile(source, found, 'exec'), names)  # decoded as Python files are
+        names = runpy.run_path(found)
     except Exception as error:
-        raise UsageError(f'config file {path} fails: {type(error).__name__}: {error}') from None
+        raise UsageError(f'config file {path} fails ({type(error).__name__}: {error}): '
+                         'flags look like --key=value') from None
     return {name: value for name, value in names.items()
             if not name.startswith('_') and not isinstance(value, ModuleType)}
 
 
-def types_of(name, types, shown):
-    """The types that the setting `name` takes. Raises UsageError, with the name that was meant."""
-    if name in types:
-        return types[name]
+def suggestion(name, known):
+    """What to write instead of an unknown setting."""
     # Initials come first: lr means learning_rate, though min_lr looks more like it.
-    near = [known for known in types if name == ''.join(word[0] for word in known.split('_'))]
-    near += difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-    hint = f'did you mean {near[0]!r}?' if near else '--help lists them all'
-    raise UsageError(f'{shown} is not a setting: {hint}')
+    near = [k for k in known if name == ''.join(word[0] for word in k.split('_'))]
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f'did you mean {near[0]!r}?' if near else '--help lists them all'
 
 
-def parsed(text, allowed):
-    """The value that a flag's text stands for, where `allowed` has its type; else the text."""
-    value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
-    if type(value) in allowed:
-        return value
-    for kind in (int, float):
+def parsed(text):
+    """The number, truth or None that a flag's text stands for; else the text."""
+    for number in (int, float):
         with suppress(ValueError):
-            return kind(text)
-    return text
+            return number(text)
+    return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
 
 
 def checked(value, allowed, shown):
@@ -101,7 +89,7 @@ def checked(value, allowed, shown):
         return float(value)
     if type(value) in allowed:
         return value
-    raise UsageError(f'{shown}: it must be {" or ".join(WORDS[kind] for kind in allowed)}')
+    raise UsageError(f'{shown} must be {" or ".join(WORDS[kind] for kind in allowed)}')
 
 
 def describe(config):

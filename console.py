@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 
 
 class UserError(Exception):
@@ -39,7 +40,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        discard(sys.stdout)
+        discard_output()
         sys.exit(0)
 
 
@@ -57,24 +58,22 @@ def user_errors():
 
 
 @contextlib.contextmanager
-def atomic_file(path, mode='wb', **kwargs):
-    """Open a temporary file beside `path` that replaces it, once on disk, when all went well.
+def atomic_file(path):
+    """Open a temporary binary file that replaces `path`, once on disk, if all goes well inside.
 
-    Whatever happens, `path` is the old file or the new one, whole. Raises UserError when the disk
-    is full or the folder can't be written; then nothing is left behind.
+    So `path` is the old file or the new one, whole. Raises UserError if it can't be written.
     """
     temporary, folder = f'{path}.tmp', os.path.dirname(path) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(temporary, mode, **kwargs) as file:
+        with open(temporary, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == 'posix':  # the rename is on disk when the folder is
+        with contextlib.suppress(OSError):  # not every system can flush a folder
             handle = os.open(folder, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # not every network file system can do that
-                os.fsync(handle)
+            os.fsync(handle)  # the rename is on disk when the folder is
             os.close(handle)
     except OSError as error:
         raise UserError(f'cannot write {path} ({error.strerror}): free some space or choose '
@@ -88,17 +87,13 @@ def atomic_file(path, mode='wb', **kwargs):
 def locked(folder):
     """Make `folder`, and keep other processes from writing there. Raises UserError if one does.
 
-    The lock ends with the process, however that ends. Where there are no such locks (Windows, some
-    network file systems) there is no protection. A new folder that stays empty is removed again.
+    The lock ends with the process, however that ends. A new folder that stays empty is removed.
     """
     is_new, handle = not os.path.isdir(folder), None
-    try:
+    with user_errors():
         os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make the folder {folder} ({error.strerror}): choose another '
-                        'folder') from None
     try:
-        with contextlib.suppress(ImportError, OSError):
+        with contextlib.suppress(ImportError, OSError):  # no locks: Windows, some network drives
             import fcntl
 
             handle = os.open(folder, os.O_RDONLY)
@@ -111,9 +106,8 @@ def locked(folder):
     finally:
         if handle is not None:
             os.close(handle)
-        if is_new:
-            with contextlib.suppress(OSError):  # it has files now
-                os.rmdir(folder)
+        if is_new and not os.listdir(folder):
+            os.rmdir(folder)
 
 
 class Progress:
@@ -121,10 +115,9 @@ class Progress:
 
     on_screen = False  # whether there is a live line now
 
-    def __init__(self, enabled=True, stream=None):
-        self.stream = stream or sys.stdout
+    def __init__(self, enabled=True):
         self.enabled = enabled
-        self.live = enabled and self.stream.isatty() and os.environ.get('TERM') != 'dumb'
+        self.live = enabled and sys.stdout.isatty() and os.environ.get('TERM') != 'dumb'
         self.shown = time.perf_counter()
 
     def say(self, text):
@@ -141,30 +134,25 @@ class Progress:
             self.say(text)
             return
         room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
-        cells = max(0, min(20, room - len(text) - 1))
-        full = round(cells * share)
-        line = ('━' * full + '╌' * (cells - full) + ' ' + text).strip()
-        self.write('\r' + line[:room] + '\x1b[K')
+        cells = min(20, room - len(text) - 1)
+        bar = ('━' * round(cells * share)).ljust(cells, '╌')
+        self.write('\r' + f'{bar} {text}'.strip()[:room] + '\x1b[K')
         Progress.on_screen = True
 
     def write(self, text):
         """Write at once. If the terminal or the pipe is closed, the work goes on without it."""
         if self.enabled:
             try:
-                self.stream.write(text)
-                self.stream.flush()
+                print(text, end='', flush=True)
             except OSError:
-                self.enabled = self.live = False
-                discard(self.stream)
+                discard_output()
 
 
-def discard(stream):
-    """Send what is still written to `stream` nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def discard_output():
+    """Send what is still written to standard output nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def clock(seconds):
-    """1:02:03 or 4:05, to read."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+    """0:04:05, to read."""
+    return str(timedelta(seconds=int(seconds)))

@@ -9,7 +9,7 @@ runs these from such folders runs this one: transformers and its server, vLLM an
 
 import json
 import os
-import shutil
+import tempfile
 from dataclasses import dataclass
 
 import console
@@ -27,32 +27,11 @@ class ExportConfig:
     to: str = ''  # the folder to make
 
 
-def hugging_face_config(model, tokenizer):
-    """The config of transformers for `model`. Padding of the vocabulary is left out."""
-    import transformers
-
-    c, eot = model.config, tokenizer.eot
-    common = dict(vocab_size=tokenizer.vocab_size, bos_token_id=eot, eos_token_id=eot)
-    if isinstance(model, GPT):
-        return transformers.GPT2Config(
-            **common, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
-            n_embd=c.n_embd, activation_function='gelu_new' if c.gelu == 'tanh' else 'gelu',
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        )
-    cls = transformers.Qwen3Config if c.qk_norm else transformers.LlamaConfig
-    return cls(
-        **common, max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd,
-        head_dim=c.head_size, intermediate_size=c.n_hidden, rms_norm_eps=c.norm_eps,
-        rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
-        tie_word_embeddings=c.tied,
-    )
-
-
 def hugging_face_tokenizer(tokenizer):
     """The same as a tokenizers.Tokenizer."""
     from tiktoken.load import read_file_cached
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer
+    from tokenizers import decoders, models, pre_tokenizers
 
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return Tokenizer.from_str(tokenizer.json)
@@ -69,32 +48,45 @@ def hugging_face_tokenizer(tokenizer):
         for name in ('encoder.json', 'vocab.bpe')
     )
     merges = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]
-    theirs = Tokenizer(models.BPE(json.loads(vocab), merges))
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.decoder = decoders.ByteLevel()
-    theirs.add_special_tokens([AddedToken('<|endoftext|>', special=True)])
-    return theirs
+    theirs = ByteLevelBPETokenizer(json.loads(vocab), merges)
+    theirs.add_special_tokens(['<|endoftext|>'])
+    return Tokenizer.from_str(theirs.to_str())
 
 
 def export(model, tokenizer, folder):
     """Write the folder. Raises UserError for a model without such a form, ImportError."""
     if not isinstance(model, (GPT, Llama)):
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    import transformers
 
-    theirs = AutoModelForCausalLM.from_config(hugging_face_config(model, tokenizer))
-    ours = model.hugging_face_weights()
-    for name, weight in theirs.state_dict().items():
-        if name in ours:
-            weight.copy_(ours[name][: len(weight)])
-        else:
-            weight.zero_()  # a bias that our model doesn't have
+    # Padding of the vocabulary is left out.
+    c, eot = model.config, tokenizer.eot
+    common = dict(vocab_size=tokenizer.vocab_size, bos_token_id=eot, eos_token_id=eot)
+    if isinstance(model, GPT):
+        config = transformers.GPT2Config(
+            **common, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, activation_function='gelu_new' if c.gelu == 'tanh' else 'gelu',
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        )
+    else:
+        cls = transformers.Qwen3Config if c.qk_norm else transformers.LlamaConfig
+        config = cls(
+            **common, max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd,
+            head_dim=c.head_size, intermediate_size=c.n_hidden, rms_norm_eps=c.norm_eps,
+            rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+            tie_word_embeddings=c.tied,
+        )
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    weights = theirs.state_dict()  # biases that our model doesn't have are zero there
+    for name, weight in model.hugging_face_weights().items():
+        weights[name].copy_(weight[: len(weights[name])])
     theirs.save_pretrained(folder)
-    fast, eot = hugging_face_tokenizer(tokenizer), tokenizer.eot
-    names = () if eot is None else ('bos_token', 'eos_token')
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast, model_max_length=model.config.block_size,
-        clean_up_tokenization_spaces=False, **{name: fast.id_to_token(eot) for name in names},
+    fast = hugging_face_tokenizer(tokenizer)
+    end = None if eot is None else fast.id_to_token(eot)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
 
@@ -102,14 +94,11 @@ def main(argv):
     cfg = override(ExportConfig(), argv, usage=__doc__)
     if not cfg.to or os.path.exists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
-    unfinished = f'{cfg.to}.tmp'
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        with console.user_errors():
-            export(*load_model(cfg.out_dir), unfinished)
-            os.rename(unfinished, cfg.to)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    parent = os.path.dirname(os.path.abspath(cfg.to))
+    with console.user_errors(), tempfile.TemporaryDirectory(dir=parent) as unfinished:
+        folder = os.path.join(unfinished, 'folder')
+        export(*load_model(cfg.out_dir), folder)
+        os.rename(folder, cfg.to)
     print(f'{cfg.to}: {", ".join(sorted(os.listdir(cfg.to)))}')
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import console
 from configurator import override
-from console import UsageError, UserError, atomic_file
+from console import UsageError, UserError
 
 X = ['iteration', 'tokens', 'epochs', 'seconds']
 COLUMNS = X + ['train_eval_loss', 'val_loss', 'learning_rate']
@@ -26,12 +26,13 @@ LINES = [('-', 'o'), ('--', 's'), ('-.', '^'), (':', 'D')]
 STYLE = {
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'lines.markersize': 5,
     'grid.color': '#e4e4e4', 'legend.frameon': False, 'svg.fonttype': 'none',  # text remains text
+    'text.parse_math': False,  # a $ in a name is a $
 }
 
 
 @dataclass
 class PlotConfig:
-    out: str = 'loss.png'  # the picture: its name ends in .png or .svg
+    out: str = 'loss.png'  # the picture: .png, .svg or .pdf
     x: str = 'iteration'  # the horizontal axis: iteration, tokens, epochs or seconds
 
 
@@ -40,23 +41,18 @@ def read_log(folder):
     path = os.path.join(folder, 'log.csv')
     try:
         with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.DictReader(file)
-            rows = [[float(row[name] or 'nan') for name in COLUMNS]
-                    for row in reader if None not in row.values()]  # the last may be half written
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): name a run's folder") from None
-    except (KeyError, ValueError, csv.Error) as error:
-        raise UserError(f'{path} is broken at line {max(1, reader.line_num)} ({error}): '
-                        'repair that line, or leave this run out') from None
-    if not rows:
-        raise UserError(f'{path} is empty: wait for the first evaluation, or leave this run out')
+            rows = [[float(row[name] or 'nan') for name in COLUMNS] for row in csv.DictReader(file)
+                    if None not in row.values()]  # the last may be half written
+        if not rows:
+            raise ValueError('it has no rows')
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f'cannot draw {path} ({error}): wait for the first evaluation, or leave '
+                        'this run out') from None
     return dict(zip(COLUMNS, np.array(rows).T))
 
 
 def draw(folders, out, x='iteration'):
     """Draw the runs in `folders` into the file `out`. Raises UserError."""
-    if not out.lower().endswith(('.png', '.svg')):
-        raise UsageError(f'out={out} must end in .png or .svg: write --out=loss.png')
     if x not in X:
         raise UsageError(f'x={x} must be one of {", ".join(X)}')
     logs = [read_log(folder) for folder in folders]
@@ -68,7 +64,7 @@ def draw(folders, out, x='iteration'):
         upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
         for folder, log, color, (dash, marker) in zip(folders, logs, cycle(COLORS), cycle(LINES)):
             line = dict(color=color, linestyle=dash)
-            label = ' ' + os.path.normpath(folder).replace('$', r'\$')  # $ is math, first _ hides
+            label = ' ' + os.path.normpath(folder)  # a name that began with _ would be hidden
             known = np.isfinite(log['val_loss'])
             at, train, val = (log[name][known] for name in (x, 'train_eval_loss', 'val_loss'))
             if len(val):
@@ -84,12 +80,9 @@ def draw(folders, out, x='iteration'):
         upper.legend(title='with markers: validation, ★ at its best; thin: training', ncols=2,
                      alignment='left', loc='lower left', bbox_to_anchor=(0, 1))  # hides no curve
         lower.set(xlabel=x, ylabel='learning rate', ylim=(0, None))
-        if x != 'epochs':
-            lower.locator_params(axis='x', integer=True, min_n_ticks=1)
-            lower.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))  # 20k, 3M
         figure.align_ylabels()
-        with atomic_file(out) as file:
-            figure.savefig(file, format=out[-3:].lower(), bbox_inches='tight')  # with the legend
+        with console.user_errors(), console.atomic_file(out) as file:
+            figure.savefig(file, format=os.path.splitext(out)[1][1:], bbox_inches='tight')
 
 
 def main(argv):

@@ -45,7 +45,7 @@ URL = 'https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subse
 SUBSETS = [f'urlsf_subset{i:02}.tar' for i in range(21)]
 DOCUMENTS = 8_013_769  # in all of them
 SUFFIXES = ('.tar', '.xz', '.parquet')
-MAX_PACKED, MAX_BYTES = 64 << 20, 1 << 30  # of an xz archive; the release's have 0.6 and 2 MB
+MAX_BYTES = 64 << 20  # of an xz archive or a document; the release's archives have 0.6 MB
 SAVE_SECONDS = 5  # between two writes of progress.json
 
 
@@ -55,9 +55,6 @@ class OpenWebTextConfig:
     input: str = ''  # a file or folder to use instead of downloading
     num_proc: int = 0  # workers, each takes 80 MB; 0: one for each core, at most 8
     val_fraction: float = 0.0005  # share of the documents to validate on
-
-
-# --- from files to tasks: what a worker gets at once
 
 
 @contextlib.contextmanager
@@ -71,14 +68,13 @@ def reading(name):
 
 
 def members(file, suffix):
-    """(name, content) of the files in a tar whose names end in `suffix`. Reads it as a stream."""
-    with tarfile.open(fileobj=file, mode='r|') as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # or it would remember them all
+    """(name, content) of the files in a tar whose names end in `suffix`, read as a stream."""
+    with tarfile.open(fileobj=file, mode='r:') as tar:
+        for member in tar:
             if member.isreg() and member.name.endswith(suffix):
-                if member.size > MAX_PACKED:
+                if member.size > MAX_BYTES:
                     raise ValueError(f'{member.name!r} is too large')
-                yield member.name, tar.extractfile(member).read()
+                yield member.name, tar.fileobj.read(member.size)  # extractfile takes longer
         # tarfile takes a broken header for the end, but the end has zeros. With them we also reach
         # the end of an xz file, where its check sums are.
         end = tar.fileobj.read(1 << 20)
@@ -94,52 +90,46 @@ def tasks_in(path):
     name, size = os.path.basename(path), os.path.getsize(path) or 1
     with open(path, 'rb') as file, reading(name):
         if path.endswith('.parquet'):
-            tasks = ((name, documents) for documents in parquet_batches(file))
+            import pyarrow.parquet
+
+            # A row group may have gigabytes: with these options it is read a part at a time.
+            table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            tasks = ((name, rows['text'].drop_null().cast('binary').to_pylist())
+                     for rows in table.iter_batches(500, columns=['text']))
         elif path.endswith(('.tar', '.tar.xz')):
             tar = lzma.open(file) if path.endswith('.xz') else file
             tasks = ((f'{name}/{inner}', archive) for inner, archive in members(tar, '.xz'))
-        elif size > MAX_PACKED:
-            raise ValueError('it is too large')
         else:
-            tasks = [(name, file.read())]
+            tasks = [(name, file.read(MAX_BYTES))]
         for inner, task in tasks:
             yield inner, task, file.tell() / size
 
 
-def parquet_batches(file):
-    import pyarrow.parquet
-
-    # A row group may have gigabytes: with these two options it is read a part at a time.
-    table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-    for rows in table.iter_batches(500, columns=['text']):
-        yield rows['text'].drop_null().cast('binary').to_pylist()
-
-
-TOKENIZER = GPT2Tokenizer()  # each process loads its vocabulary when it first encodes
+TOKENIZER = GPT2Tokenizer()
 END = TOKENIZER.eot.to_bytes(2, 'little')
 
 
 def tokenize(name, task, val_fraction):
     """The ids of a task's documents, as bytes by split, and figures about them."""
+    ids, figures = {'train': [], 'val': []}, Counter()
     with reading(name):
         if isinstance(task, bytes):
-            tar = lzma.open(io.BytesIO(task)).read(MAX_BYTES + 1)
-            if len(tar) > MAX_BYTES:
-                raise ValueError('it is too large')
-            task = [document for _, document in members(io.BytesIO(tar), '.txt')]
-    figures = Counter(documents=len(task), bytes=sum(map(len, task)))
-    ids = {'train': [], 'val': []}
-    for document in task:
-        text = document.decode(errors='replace')
-        figures['repaired'] += text.encode() != document
-        text = re.sub('\n\n\n+', '\n\n', text).strip()
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
-        ids['val' if place < val_fraction else 'train'] += [TOKENIZER.encode(text), END]
+            task = [document for _, document in members(lzma.open(io.BytesIO(task)), '.txt')]
+        for document in task:
+            text = document.decode(errors='replace')
+            figures['documents'] += 1
+            figures['bytes'] += len(document)
+            figures['repaired'] += '\ufffd' in text and text.encode() != document
+            text = re.sub('\n\n\n+', '\n\n', text).strip()
+            tokens = [TOKENIZER.encode(text), END]  # text keeps its UTF-8 from now on
+            draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
+            ids['val' if draw < val_fraction else 'train'] += tokens
     return {split: b''.join(arrays) for split, arrays in ids.items()}, figures
 
 
 def start_worker():
-    """Let a worker end with its parent, even with one that was killed."""
+    """Leave Ctrl-C to the parent, and end with it, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -148,7 +138,7 @@ class Output:
     """train.bin.part, val.bin.part, and progress.json, which says what is in them.
 
     `done` counts tokens, documents and more. `place` says how far the input is done: whole files,
-    and tasks of the next file. What a killed run has written after that is cut off.
+    and tasks of the next file. What a killed run wrote after that is cut off.
     """
 
     def __init__(self, folder, begun_with, downloads):
@@ -247,10 +237,9 @@ def download(url, path, progress):
 
 def files_in(path):
     """The files that we read in a folder and the folders in it, by name; or a file itself."""
-    if os.path.isfile(path):
-        return [path] if path.endswith(SUFFIXES) else []
-    files = (os.path.join(path, name) for name in glob.glob('**', root_dir=path, recursive=True))
-    return sorted(file for file in files if file.endswith(SUFFIXES) and os.path.isfile(file))
+    inside = glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)
+    return sorted(file for file in [path, *inside]
+                  if file.endswith(SUFFIXES) and os.path.isfile(file))
 
 
 def results(cfg, pool, ahead, inputs, start, progress):
@@ -280,18 +269,14 @@ def prepare(cfg):
     with (
         console.locked(folder),
         contextlib.closing(Output(folder, begun_with, [] if cfg.input else inputs)) as output,
-        ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), start_worker) as pool,
+        ProcessPoolExecutor(workers, initializer=start_worker) as pool,
     ):
         done, start, began = output.done, output.state['place'], time.monotonic()
         bytes_before = done['bytes']
         if done['documents']:
             progress.say(f'going on after {done["documents"]:,} documents that are done')
         try:
-            # Ctrl-C is not for the workers, who start now and inherit this.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            for _ in range(workers):
-                pool.submit(int)
-            signal.signal(signal.SIGINT, handler)
+            TOKENIZER.bpe  # workers that are forked share it
             for future, place in results(cfg, pool, 4 * workers, inputs, start, progress):
                 output.add(*future.result(), place)
                 share, seconds = place['share'], time.monotonic() - began
@@ -301,11 +286,6 @@ def prepare(cfg):
         except BrokenExecutor:
             raise UserError('a worker was killed, perhaps for lack of memory: the same command '
                             'goes on; a lower --num_proc takes less') from None
-        except KeyboardInterrupt:
-            progress.say('stopped: the same command goes on where it was seconds before')
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
         if not done['documents']:
             raise UserError(f'{source} has no documents: put some in')
         output.publish(source)

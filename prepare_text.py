@@ -16,14 +16,13 @@ import http.client
 import os
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import console
 from configurator import override
 from console import UsageError, UserError, atomic_file
 from dataset import check_name, write_meta
 from tokenizer import CharTokenizer, tokenizer_of
-
-MAX_VOCAB_SIZE = 65536  # datasets store ids as uint16
 
 
 @dataclass
@@ -37,8 +36,7 @@ class TextConfig:
 def read_text(paths):
     """The text of some UTF-8 files and folders of .txt files, as one string.
 
-    A byte-order mark is dropped and line ends become line feeds. Raises UserError for a file that
-    is missing, empty or not UTF-8.
+    A byte-order mark is dropped, and line ends become line feeds.
     """
     files = []
     for path in paths:
@@ -48,28 +46,20 @@ def read_text(paths):
         files += inside or [path]
     texts = []
     for path in files:
-        with console.user_errors(), open(path, 'rb') as file:
-            data = file.read()
-        try:
-            text = data.decode('utf-8-sig').replace('\r\n', '\n').replace('\r', '\n')
-        except UnicodeDecodeError as error:
-            encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
-            raise UserError(
-                f'{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; '
-                f'convert it, say with iconv -f {encoding} -t utf-8'
-            ) from None
-        if not text:
-            raise UserError(f'{path} is empty: there is nothing to learn from')
-        texts.append(text)
+        with console.user_errors():
+            try:
+                texts.append(Path(path).read_text('utf-8-sig'))
+            except UnicodeDecodeError as error:
+                data, start = error.object, error.start
+                encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
+                raise UserError(
+                    f'{path} is not UTF-8: byte 0x{data[start]:02x} at offset {start}; '
+                    f'convert it, say with iconv -f {encoding} -t utf-8') from None
     return ''.join(text if text.endswith('\n') else text + '\n' for text in texts[:-1]) + texts[-1]
 
 
 def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, source=''):
-    """Write the dataset `dataset` made of `text`; returns what meta.json says.
-
-    The files appear together or not at all, and the same text gives the same bytes. Raises
-    UserError if there is too little text for its splits or the vocabulary is too large.
-    """
+    """Write data/<dataset>, made of `text`, whole or not at all; returns what meta.json says."""
     check_name(dataset)
     if not (0 < val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
         raise UsageError(f'val_fraction={val_fraction} must be above 0, test_fraction='
@@ -82,9 +72,9 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
     if not all(parts.values()):
         raise UserError(f'{len(text)} characters are too few for {", ".join(parts)}: take more')
     encoder = CharTokenizer(text) if tokenizer == 'char' else tokenizer_of(tokenizer)
-    if encoder.vocab_size > MAX_VOCAB_SIZE:
+    if encoder.vocab_size > 65536:
         raise UserError(f'the {encoder.vocab_size:,} ids of the tokenizer {tokenizer} are more '
-                        f'than {MAX_VOCAB_SIZE:,}, which 16 bits can hold: use --tokenizer=gpt2')
+                        'than 65,536, which 16 bits can hold: use --tokenizer=gpt2')
     ids = {split: encoder.encode(part).astype('<u2') for split, part in parts.items()}
     tokens = {split: len(array) for split, array in ids.items()}
     folder = os.path.join('data', dataset)

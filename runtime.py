@@ -181,13 +181,13 @@ class Ranks:
         return values[0]
 
 
-def settle(cfg, ranks):
-    """The device and the dtype of a run, and a warning to show, or ''."""
+def settle(cfg, ranks=Ranks()):
+    """The device and the dtype of a run."""
     device = pick_device(cfg.device)
     if device.type == 'cuda' and ranks.world_size > 1:
         device = torch.device('cuda', ranks.local_rank)
         torch.cuda.set_device(device)
-    return device, pick_dtype(cfg.dtype, device), tune(device, getattr(cfg, 'shard', False))
+    return device, pick_dtype(cfg.dtype, device)
 
 
 def compiled(raw, cfg, device, amp, example):

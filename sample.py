@@ -90,8 +90,7 @@ class Text:
 
 def write(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
-    device = runtime.pick_device(cfg.device)
-    dtype = runtime.pick_dtype(cfg.dtype, device)
+    device, dtype = runtime.settle(cfg)
     runtime.tune(device)
     model, tokenizer = load_model(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)
     ready(model, device, dtype, cfg.quantize, cfg.compile)

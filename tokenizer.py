@@ -4,9 +4,9 @@
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 
-`decoder()` gives a function that turns one id after the other into the text to print. `eot` is the
-id that ends a text, or None. `state()` is the plain dict that datasets (meta.json) and checkpoints
-carry; `tokenizer_from(state)` brings the tokenizer back.
+`decoder()` gives a function from one id after the other to the text to print. `eot` is the id that
+ends a text, or None. `tokenizer_from(state())` is the same tokenizer: meta.json and checkpoints
+have the state.
 """
 
 import codecs
@@ -31,16 +31,15 @@ class CharTokenizer:
     def __init__(self, text):
         self.chars, self.eot = ''.join(sorted(set(text))), None
         self.vocab_size = len(self.chars)
-        self.table = np.full(0x110000, -1, np.int32)  # code point to id, or -1
-        self.table[[ord(char) for char in self.chars]] = np.arange(self.vocab_size)
+        self.ids = {char: i for i, char in enumerate(self.chars)}
 
     def encode(self, text):
-        ids = self.table[np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')]
-        if ids.min(initial=0) < 0:
-            position = ids.argmin()
-            raise UserError(f'the character {text[position]!r} at position {position} is not '
-                            f'among those that the model knows: {self.chars!r}')
-        return ids.astype(np.uint16)
+        try:
+            return np.fromiter((self.ids[char] for char in text), np.uint16, len(text))
+        except KeyError as unknown:
+            char, = unknown.args
+            raise UserError(f'the character {char!r} at position {text.index(char)} is not among '
+                            f'those that the model knows: {self.chars!r}') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)

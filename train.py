@@ -208,9 +208,9 @@ def train(cfg):
         keep = '' if rest else f', and batch_size={batch_size} keeps the size of an update'
         raise UsageError(f'gradient_accumulation_steps={steps} cannot be shared among '
                          f'{ranks.world_size} processes: {nearest} can{keep}')
-    device, dtype, warning = runtime.settle(cfg, ranks)
+    device, dtype = runtime.settle(cfg, ranks)
     progress = Progress(enabled=ranks.is_main)
-    if warning:
+    if warning := runtime.tune(device, cfg.shard):
         progress.say(warning)
     remedy = (f'lower --batch_size={cfg.batch_size} (with --gradient_accumulation_steps={steps} '
               f'raised to keep the update) or --block_size={cfg.block_size}')

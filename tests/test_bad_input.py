@@ -161,8 +161,8 @@ TABLE = {
     'more processes than micro-batches': (
         tiny(gradient_accumulation_steps=1), ['steps=1', '4 processes', '4 can'],
         environment(WORLD_SIZE='4', RANK='1', LOCAL_RANK='1')),
-    'out_dir is a file': (tiny(out_dir='f'), ['folder f ', 'another folder'], put('f', 'x'), REAL),
-    'out_dir below a file': (tiny(out_dir='f/out'), ['f/out', 'another folder'], put('f', 'x')),
+    'out_dir is a file': (tiny(out_dir='f'), ["exists: 'f'"], put('f', 'x'), REAL),
+    'out_dir below a file': (tiny(out_dir='f/out'), ["directory: 'f/out'"], put('f', 'x')),
     # datasets
     'no dataset': (tiny(dataset='none'), ['data/none', 'prepare_text.py'], nothing),
     'prepare fails': (tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'by hand'],
@@ -242,7 +242,7 @@ TABLE = {
     'no text': (['prepare_text.py', '--dataset=x'], ['which text'], nothing, REAL),
     'no name': (['prepare_text.py', 't.txt'], ['--dataset'], put('t.txt', 'text'), REAL),
     'no such text': (['prepare_text.py', 'none.txt', '--dataset=x'], ['none.txt'], nothing, REAL),
-    'empty text': (['prepare_text.py', 't.txt', '--dataset=x'], ['t.txt', 'empty'],
+    'empty text': (['prepare_text.py', 't.txt', '--dataset=x'], ['0 characters', 'take more'],
                    put('t.txt', ''), REAL),
     'text too short to split': (['prepare_text.py', 't.txt', '--dataset=x'],
                                 ['1 characters', 'train'], put('t.txt', 'a')),

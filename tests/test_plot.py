@@ -70,17 +70,15 @@ def test_a_log_is_read_as_it_was_written(folder):
 
 BROKEN = {
     'no folder named': ([], 'no run is named.*plot_loss.py out-'),
-    'no such folder': (['none'], 'cannot read none/log.csv.*folder'),
-    'a file': (['picture.txt'], 'cannot read picture.txt/log.csv.*folder'),
-    'a folder without a log': (['data'], 'cannot read data/log.csv.*folder'),
-    'an empty log': (['empty'], 'empty/log.csv is empty: wait'),
-    'a log without rows': (['header'], 'header/log.csv is empty: wait'),
-    'no number': (['word'], "word/log.csv is broken at line 3 .*'many'.*leave"),
-    'another table': (['table'], "table/log.csv is broken at line 2 .*'iteration'.*leave"),
-    'no text': (['binary'], 'binary/log.csv is broken at line 1 .*leave'),
-    'one of several': (['out', 'word'], 'word/log.csv is broken'),
-    'a picture of another kind': (['out', '--out=loss.gif'], 'loss.gif.*png.*svg'),
-    'a picture without an ending': (['out', '--out=png'], 'out=png.*--out=loss.png'),
+    'no such folder': (['none'], 'none/log.csv .*No such file.*leave'),
+    'a file': (['picture.txt'], 'picture.txt/log.csv .*Not a dir.*leave'),
+    'a folder without a log': (['data'], 'data/log.csv .*No such file.*leave'),
+    'an empty log': (['empty'], 'empty/log.csv .it has no rows.: wait'),
+    'a log without rows': (['header'], 'header/log.csv .it has no rows.: wait'),
+    'no number': (['word'], "word/log.csv .*'many'.*leave"),
+    'another table': (['table'], "table/log.csv .*'iteration'.*leave"),
+    'no text': (['binary'], 'binary/log.csv .*decode.*leave'),
+    'one of several': (['out', 'word'], 'cannot draw word/log.csv'),
     'another x': (['out', '--x=loss'], 'x=loss.*iteration, tokens, epochs, seconds'),
     'a misspelt flag': (['out', '--ouf=loss.png'], "did you mean 'out'"),
 }
@@ -111,7 +109,7 @@ def test_what_cannot_be_drawn_is_told_in_one_line(folder, row):
 def test_an_error_of_the_script_is_one_line(folder):
     result = script('plot_loss.py', 'out-*')
     assert result.returncode == 1 and result.stderr.count('\n') == 1 and not result.stdout
-    assert result.stderr.startswith('error: cannot read out-*/log.csv')
+    assert result.stderr.startswith('error: cannot draw out-*/log.csv')
 
 
 def test_without_matplotlib_it_says_how_to_get_it(folder, monkeypatch):
@@ -178,7 +176,6 @@ def test_an_svg_says_what_it_shows(folder, matplotlib):
     assert 'out, best 1.5000' in found
     assert 'with markers: validation, ★ at its best; thin: training' in found
     assert {'iteration', 'learning rate', 'loss (nats per token)'} <= set(found)
-    assert [t for t in ('0', '1', '2', '3', '4') if t not in found] == []
     assert sorted(os.listdir('.')) == ['loss.svg', 'out']
 
 
@@ -193,7 +190,7 @@ def test_several_runs_are_told_apart(folder, matplotlib):
         for i, name in enumerate(chosen):
             name = name.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
             assert found.count(f'{name}, best {1 + i / 100:.4f}') == 1, found
-        assert 'tokens' in found and '4k' in found
+        assert 'tokens' in found and '4000' in found
     small_run('one/out')
     small_run('two/out')
     plot_loss.draw(['one/out', 'two/out'], 'loss.svg')
@@ -204,6 +201,14 @@ def test_losses_that_are_not_finite_are_left_out(folder, matplotlib):
     make_run('out', [4, 3, 'nan', 'inf', 2], {0: 4, 2: 'nan', 4: 2.5})
     plot_loss.draw(['out'], 'loss.svg')
     assert 'out, best 2.5000' in texts('loss.svg')
+
+
+def test_another_kind_of_picture_is_refused(folder, matplotlib):
+    small_run()
+    for out in ('loss.xyz', 'png'):
+        with pytest.raises(UserError, match='not supported .*png.*svg'):
+            plot_loss.main(['out', f'--out={out}'])
+    assert os.listdir('.') == ['out']
 
 
 @pytest.mark.filterwarnings('error')

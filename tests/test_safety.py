@@ -141,8 +141,8 @@ def test_a_full_disk_leaves_the_checkpoint_as_it_was(tiny):
 
 @pytest.mark.parametrize('broken', ['open', 'write', 'fsync', 'replace'])
 def test_a_file_is_written_whole_or_not_at_all(folder, monkeypatch, broken):
-    with atomic_file('deep/down/file.txt', 'w') as file:
-        file.write('old')
+    with atomic_file('deep/down/file.txt') as file:
+        file.write(b'old')
 
     def fails(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device')
@@ -152,8 +152,8 @@ def test_a_file_is_written_whole_or_not_at_all(folder, monkeypatch, broken):
     elif broken != 'write':
         monkeypatch.setattr(os, broken, fails)
     with pytest.raises(UserError, match='file.txt .No space left'):
-        with atomic_file('deep/down/file.txt', 'w') as file:
-            file.write('new')
+        with atomic_file('deep/down/file.txt') as file:
+            file.write(b'new')
             if broken == 'write':
                 fails()
     monkeypatch.undo()

@@ -120,11 +120,10 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def progress(monkeypatch, clock):
+def progress(clock):
     """A live line to which something new may be written at once."""
-    monkeypatch.setenv('TERM', 'xterm')
-    progress = Progress(stream=Terminal())
-    clock.now = 1
+    progress = Progress()
+    progress.live, clock.now = True, 1
     return progress
 
 
@@ -134,28 +133,31 @@ TEXT = 'iter 123456: loss 1.2345, time 12.34ms, 1:02:03 left, 12,345'  # 60 char
 @pytest.mark.parametrize('columns, cells', [
     (200, 20), (84, 20), (83, 19), (80, 16), (65, 1), (64, 0), (63, 0), (40, 0), (10, 0),
 ])
-def test_a_narrow_terminal_cuts_the_bar_and_then_the_text(progress, monkeypatch, columns, cells):
+def test_a_narrow_terminal_cuts_the_bar_and_then_the_text(
+    progress, monkeypatch, capsys, columns, cells,
+):
     monkeypatch.setenv('COLUMNS', str(columns))
     progress.show(0.5, TEXT)
-    (line,) = live_lines(progress.stream.text)
+    (line,) = live_lines(capsys.readouterr().out)
     bar = '━' * round(cells / 2) + '╌' * (cells - round(cells / 2))
     assert line == f'{bar} {TEXT}'.strip()[: columns - 3]
 
 
 @pytest.mark.parametrize('share, full', [(0, 0), (0.01, 0), (0.5, 10), (1, 20)])
-def test_the_bar_fills(progress, monkeypatch, share, full):
+def test_the_bar_fills(progress, monkeypatch, capsys, share, full):
     monkeypatch.setenv('COLUMNS', '200')
     progress.show(share, TEXT)
-    assert progress.stream.text.count('━') == full and progress.stream.text.count('╌') == 20 - full
+    out = capsys.readouterr().out
+    assert out.count('━') == full and out.count('╌') == 20 - full
 
 
-def test_a_live_line_is_drawn_ten_times_a_second_at_most(progress, clock):
+def test_a_live_line_is_drawn_ten_times_a_second_at_most(progress, clock, capsys):
     for n in range(1000):
         clock.now = 1 + n / 1000
         progress.show(n / 1000, f'part {n}')
-    assert 9 <= len(live_lines(progress.stream.text)) <= 10
     progress.say('done')
-    assert screen(progress.stream.text) == ['done', '']
+    out = capsys.readouterr().out
+    assert 9 <= len(live_lines(out)) <= 10 and screen(out) == ['done', '']
 
 
 def test_a_job_that_is_soon_done_writes_nothing_into_a_file(clock, capsys):
@@ -191,7 +193,8 @@ def test_an_error_gets_a_line_of_its_own():
 
 
 def test_what_a_model_writes_cannot_move_the_cursor(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'sample_text', lambda *_: 'a\x1b[2Jb\rc\td\x07\x9b\n‘é🦁’')
+    text = 'a\x1b[2Jb\rc\td\x07\x9b\n‘é🦁’'
+    monkeypatch.setattr('tokenizer.CharTokenizer.decode', lambda *_: text)
     train.train(train.TrainConfig(**TINY | dict(max_iters=1)))
     out = capsys.readouterr().out
     assert '  | a\ufffd[2Jb\ufffdc\td\ufffd\ufffd\n  | ‘é🦁’\n' in out
