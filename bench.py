@@ -47,9 +47,9 @@ def bench_training(cfg, ranks, updates, batch_size, tokenizer='char', **settings
     prepare_text.prepare(prepare_text.read_text([STORY]), 'story', tokenizer)
     train(TrainConfig(
         **settings, batch_size=cfg.batch_size or batch_size, dataset='story', out_dir='../out',
-        device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates, eval_interval=updates + 1, eval_iters=1,
-        log_interval=max(1, updates // 20), sample_tokens=0,
-        gradient_accumulation_steps=ranks.world_size,
+        device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates,
+        eval_interval=updates + 1, eval_iters=1, log_interval=max(1, updates // 20),
+        sample_tokens=0, gradient_accumulation_steps=ranks.world_size,
     ))
     # The last row only evaluates.
     log = np.genfromtxt('../out/log.csv', delimiter=',', names=True)[3:-1]

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that touches a .pt file.
+"""Checkpoints: how .pt files are written and read; train.py composes what they hold.
 
 A checkpoint is a dict of tensors and plain types, so reading one never runs code. Its keys are
 nanoGPT's (model, optimizer, model_args, iter_num, best_val_loss, config) and ours (tokenizer,
@@ -6,6 +6,7 @@ format, log, scaler, muon). `out_dir/ckpt.pt` is the latest full training state,
 the weights with the best validation loss.
 """
 
+import errno
 import glob
 import os
 import pickle
@@ -37,24 +38,25 @@ def save(path, checkpoint):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # how torch reports that the file took no more bytes
-            raise OSError(28, shorten(str(error), 100)) from error
+            raise OSError(errno.ENOSPC, shorten(str(error), 100)) from error
 
 
 def set_aside(out_dir):
-    """Move what a former run left in `out_dir` to `out_dir/previous`; returns whether it did."""
+    """Move a former run's files in `out_dir` to `out_dir/previous`; returns whether it did."""
     previous = os.path.join(out_dir, 'previous')
     names = [name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
              if os.path.exists(os.path.join(out_dir, name))]
-    if names:
-        shutil.rmtree(previous, ignore_errors=True)
-        os.makedirs(previous)
+    if not {'ckpt.pt', 'best.pt'} & {*names}:
+        return False  # a run that saved nothing must not displace one that did
+    shutil.rmtree(previous, ignore_errors=True)
+    os.makedirs(previous)
     for name in names:
         os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
-    return bool(names)
+    return True
 
 
 def load_checkpoint(path, mmap=False):
-    """Read a checkpoint, ours or nanoGPT's, onto the CPU; with `mmap` not before it is looked at.
+    """Read a checkpoint, ours or nanoGPT's, onto the CPU; with `mmap`, tensors on first use.
 
     path: the file, or a folder, of which best.pt or else ckpt.pt is taken. Raises
     FileNotFoundError or ValueError, in one line, for a file that is missing, damaged or something
@@ -66,7 +68,7 @@ def load_checkpoint(path, mmap=False):
     if not os.path.exists(path):
         found = ', '.join(sorted({os.path.dirname(file) for file in glob.glob('out*/*.pt')}))
         raise FileNotFoundError(f'no checkpoint {path}: ' + (
-            f'choose --out_dir from {found}' if found else
+            f'there are some in {found}' if found else
             'train one first, say by python train.py config/train_wizard_char.py'))
     try:
         with warnings.catch_warnings():  # about pickles that it will refuse anyway
@@ -83,7 +85,7 @@ def load_checkpoint(path, mmap=False):
             'iter_num': int(checkpoint['iter_num']),
             'best_val_loss': float(checkpoint['best_val_loss']),
         }
-        model_config(checkpoint)  # which must be possible
+        class_and_config(checkpoint)  # raises for an impossible shape
         return checkpoint
     except pickle.UnpicklingError:
         raise ValueError(
@@ -116,11 +118,11 @@ def tokenizer_state(checkpoint, path):
                     'dataset first')
 
 
-def model_config(checkpoint, **changes):
+def class_and_config(checkpoint, **changes):
     """The class and the config of a checkpoint's model; `changes` override the config."""
-    config = checkpoint['config']
-    cls, config_cls = MODELS.get(config.get('model'), MODELS['gpt'])
-    gelu = {'gelu': config['gelu']} if 'gelu' in config else {}
+    settings = checkpoint['config']
+    cls, config_cls = MODELS.get(settings.get('model'), MODELS['gpt'])
+    gelu = {'gelu': settings['gelu']} if 'gelu' in settings else {}
     return cls, config_cls(**checkpoint['model_args'] | gelu | changes)
 
 
@@ -138,18 +140,19 @@ def from_pretrained(name, dropout=0.0):
     from transformers import PretrainedConfig
 
     model_type = PretrainedConfig.get_config_dict(name)[0].get('model_type')
-    return (GPT if model_type == 'gpt2' else Llama).from_pretrained(name, dropout)
+    classes = {'gpt2': GPT, 'llama': Llama, 'qwen3': Llama}
+    if model_type not in classes:
+        raise ValueError(f'{name} has model_type={model_type!r}: it must be one of '
+                         + ', '.join(classes))
+    return classes[model_type].from_pretrained(name, dropout)
 
 
 def load_model(path):
-    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face.
-
-    Raises ValueError, OSError or ImportError, in one line.
-    """
+    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face."""
     if is_pretrained(path):
         return from_pretrained(path), tokenizer_of(path)
     checkpoint = load_checkpoint(path)
-    cls, config = model_config(checkpoint)
+    cls, config = class_and_config(checkpoint)
     model = build(cls, config, checkpoint['model'], torch.device('cpu'))
     return model, tokenizer_from(tokenizer_state(checkpoint, path))
 
@@ -165,7 +168,7 @@ def starting_point(cfg, tokenizer, ranks):
     for fine-tuning, are `cfg`'s to choose. Raises ValueError or OSError, in one line.
     """
     state, resume = tokenizer.state(), cfg.init_from == 'resume'
-    handed_out = cfg.shard and not ranks.is_main  # rank 0 reads the weights for all
+    from_rank_0 = cfg.shard and not ranks.is_main  # which reads the weights for all
     weights = checkpoint = None
     if cfg.init_from == 'scratch':
         cls, config_cls = MODELS[cfg.model]
@@ -176,17 +179,17 @@ def starting_point(cfg, tokenizer, ranks):
         config = config_cls(**shape | {'vocab_size': vocab_size})
     elif is_pretrained(cfg.init_from):
         refuse_other_tokens(cfg.init_from, tokenizer_of(cfg.init_from).state(), state)
-        model = None if handed_out else from_pretrained(cfg.init_from, cfg.dropout)
+        model = None if from_rank_0 else from_pretrained(cfg.init_from, cfg.dropout)
         cls, config = ranks.from_main(model and (type(model), model.config))
         weights = model and model.state_dict()
     else:
         path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else cfg.init_from
-        checkpoint = load_checkpoint(path, mmap=handed_out)
+        checkpoint = load_checkpoint(path, mmap=from_rank_0)
         if resume:
             check_resumable(checkpoint, path, cfg, state)
         else:
             adapt_alphabet(checkpoint, tokenizer_state(checkpoint, path), state, path)
-        cls, config = model_config(checkpoint, dropout=cfg.dropout)
+        cls, config = class_and_config(checkpoint, dropout=cfg.dropout)
         weights = checkpoint['model']
     if cfg.init_from not in ('scratch', 'resume'):
         if cls is not Bigram and cfg.block_size > config.block_size:
@@ -195,15 +198,15 @@ def starting_point(cfg, tokenizer, ranks):
         config.block_size = cfg.block_size
         if cls is GPT and weights:
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
-    shape = {name: value for name, value in vars(config).items() if hasattr(cfg, name)}
-    shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
-    return replace(cfg, **shape), config, weights, checkpoint if resume else None
+    actual = {name: value for name, value in vars(config).items() if hasattr(cfg, name)}
+    actual['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
+    return replace(cfg, **actual), config, weights, checkpoint if resume else None
 
 
 def check_resumable(checkpoint, path, cfg, state):
     """Raise ValueError unless `checkpoint` is a state of a run on these tokens."""
-    few = state['vocab_size'] > checkpoint['model_args'].get('vocab_size', 0)
-    if few or checkpoint.get('tokenizer') not in (None, state):
+    too_few_rows = state['vocab_size'] > checkpoint['model_args'].get('vocab_size', 0)
+    if too_few_rows or checkpoint.get('tokenizer') not in (None, state):
         raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: begin a '
                          f'new run from its weights with --init_from={path} and another --out_dir')
     if checkpoint['iter_num'] > cfg.max_iters:
@@ -241,7 +244,7 @@ def adapt_alphabet(checkpoint, theirs, state, path):
     checkpoint['model_args']['vocab_size'] = state['vocab_size']
 
 
-# What AdamW and Muon keep of a weight, once it was updated.
+# What an optimizer keeps of a weight: before its first update, AdamW, Muon.
 MOMENTS = (set(), {'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'})
 
 

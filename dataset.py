@@ -36,8 +36,8 @@ def check_name(dataset):
 def write_meta(folder, tokenizer, source, sha256, tokens):
     """Write meta.json for the .bin files that come next, and return what it says.
 
-    train.bin and test.bin of before go: while the files change there is no dataset. tokens: how
-    many each split has, by its name.
+    The old train.bin and test.bin go first, so that a half-written dataset counts as missing.
+    tokens: how many each split has, by its name.
     """
     meta = {
         'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'source': source,
@@ -77,8 +77,8 @@ class Split:
     def __init__(self, path, vocab_size):
         self.path, self.vocab_size = path, vocab_size
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size % 2 or not size:
-            raise UserError(f'{path} has {size} bytes, which are no 16-bit ids: prepare it again')
+        if size % 2 or size < 4:
+            raise UserError(f'{path} is missing or damaged, with {size} bytes: prepare it again')
         self.tokens = size // 2
         self.file = open(path, 'rb', buffering=0)
         if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
@@ -102,9 +102,10 @@ class Split:
         """Inputs and targets, each (B, block_size) int64 on `device`: y is x one token later."""
         import torch  # here, so that preparing text starts without it
 
-        rows, on_gpu = torch.from_numpy(self.read(offsets, block_size + 1)), device.type == 'cuda'
-        # Pinned, the copy doesn't wait for the GPU's work.
-        rows = (rows.pin_memory() if on_gpu else rows).to(device, non_blocking=on_gpu)
+        rows = torch.from_numpy(self.read(offsets, block_size + 1))
+        if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        rows = rows.to(device)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def random_offsets(self, seed, count, block_size):
@@ -124,7 +125,7 @@ def training_batches(split, cfg, ranks, device, it):
     B, T = cfg.batch_size, cfg.block_size
     while True:
         offsets = split.random_offsets((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
-        for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:
+        for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:  # (micro_steps, B)
             yield split.batch(mine, T, device)
         it += 1
 
@@ -132,8 +133,7 @@ def training_batches(split, cfg, ranks, device, it):
 def evaluation_batches(split, cfg, ranks, device):
     """Yield (x, y, share done): `eval_iters` random batches, always the same, or the whole split.
 
-    All ranks get as many batches. Where there is nothing left for a rank, its targets are -1,
-    which do not count.
+    All ranks get as many batches; targets of -1 do not count.
     """
     B, T = cfg.batch_size, cfg.block_size
     if cfg.eval_iters:
@@ -146,7 +146,9 @@ def evaluation_batches(split, cfg, ranks, device):
     for i in range(0, len(batches), ranks.world_size):
         mine, length = batches[min(i + ranks.rank, len(batches) - 1)]
         x, y = split.batch(mine, length, device)
-        yield x, y if i + ranks.rank < len(batches) else y.fill_(-1), i / len(batches)
+        if i + ranks.rank >= len(batches):  # nothing left for this rank
+            y.fill_(-1)
+        yield x, y, i / len(batches)
 
 
 class Dataset:
@@ -154,7 +156,8 @@ class Dataset:
 
     def __init__(self, name, ranks):
         folder = os.path.join('data', name)
-        for is_first in (ranks.is_main, ranks.local_rank == 0):  # then machines with another disk
+        # Rank 0 first; then the first of each machine that doesn't share its disk.
+        for is_first in (ranks.is_main, ranks.local_rank == 0):
             missing = not os.path.exists(os.path.join(folder, 'train.bin'))
             if missing and is_first:
                 make(name, folder)
@@ -177,8 +180,8 @@ def make(name, folder):
             raise UserError(f'{PREPARE[name]} could not make {folder}: run it by hand to see why')
         return
     if name == 'openwebtext':
-        raise UserError(f'{folder} is missing: python prepare_openwebtext.py makes it, of 12 GB; '
-                        'to begin with, python train.py config/train_wizard_char.py')
+        raise UserError(f'{folder} is missing: python prepare_openwebtext.py downloads 12 GB for '
+                        'it; to begin with, python train.py config/train_wizard_char.py')
     known = [*PREPARE, *(os.path.basename(os.path.dirname(path)) for path in sorted(there))]
     raise UserError(
         f'the dataset {folder} is missing: choose one of {", ".join(known)}, or make it with '

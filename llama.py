@@ -130,7 +130,7 @@ class GroupedAttention(nn.Module):
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)  # (B, n_head or n_kv_head, T, head_size)
         v = v.transpose(1, 2)  # (B, n_kv_head, T, head_size)
         if cache is not None:
-            q, k, v = cache.append(q, k, v)
+            k, v = cache.append(k, v)
         if c.n_kv_head < c.n_head:  # each head of keys and values serves a group of queries
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
         y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)

@@ -1,11 +1,11 @@
-"""The whole GPT: its config, its blocks, its loss, and how it writes.
+"""The whole GPT: its config, its blocks, its loss, and how it generates text.
 
     model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=16))
-    logits, loss = model(idx, targets)             # learn: each position predicts the next token
-    idx = model.generate(idx, max_new_tokens=100)  # write: one token after another
+    logits, loss = model(idx, targets)             # each position predicts the next token
+    idx = model.generate(idx, max_new_tokens=100)  # one token after another
 
-Read it from top to bottom: config, attention, MLP, block, GPT, loss; then what writing needs; then
-`Bigram`, the smallest language model there is. Nothing here knows of flags, datasets or training.
+Read it from top to bottom: config, attention, MLP, block, GPT, loss; then sampling; then `Bigram`,
+the smallest language model there is. Nothing here knows of flags, datasets or training.
 
 The architecture is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762.
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from quantize import MAX_LOGITS, ChunkedLoss
 
 # Sizes by name: (n_layer, n_head, n_embd). GPT-3's are table 2.1 of Brown et al. 2020,
-# arXiv:2005.14165, but for 1.3b and 13b, where the printed numbers do not divide into heads.
+# arXiv:2005.14165, except 1.3b and 13b, whose printed numbers do not divide into heads.
 MODEL_SIZES = {
     'gpt2': (12, 12, 768),
     'gpt2-medium': (24, 16, 1024),
@@ -78,8 +78,9 @@ def attention(q, k, v, dropout=0.0):
     weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
     """
     T, S = q.size(2), k.size(2)
+    q = q.to(k.dtype)  # a cache may hold another dtype than the model's
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 512:
-        # Spelled out, since torch's fused kernel takes longer for short contexts here.
+        # Spelled out, since for short contexts torch's fused kernel takes longer on a CPU in bf16.
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, S)
         mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device)
         scores += mask.triu(diagonal=S - T + 1)
@@ -94,7 +95,7 @@ def attention(q, k, v, dropout=0.0):
 
 
 class Attention(nn.Module):
-    """Tokens look at earlier tokens and take from them what they need."""
+    """Causal multi-head self-attention: tokens take from earlier ones what they need."""
 
     def __init__(self, config):
         super().__init__()
@@ -108,19 +109,19 @@ class Attention(nn.Module):
         """(B, T, n_embd) to the same shape. cache: a KVCache with the tokens before these."""
         B, T, C = x.shape  # batch, time, channels
         head_size = C // self.n_head
-        q, k, v = self.c_attn(x).split(C, dim=2)  # what I look for, what I am, what I tell
+        q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         if cache is not None:
-            q, k, v = cache.append(q, k, v)  # k, v: (B, n_head, S, head_size)
+            k, v = cache.append(k, v)  # (B, n_head, S, head_size)
         y = attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.resid_dropout(self.c_proj(y.to(x.dtype)))
+        return self.resid_dropout(self.c_proj(y.to(x.dtype)))  # from the cache's dtype
 
 
 class MLP(nn.Module):
-    """Each token computes by itself: four times wider, a nonlinearity, and back."""
+    """Position-wise feed-forward network: four times wider, a nonlinearity, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -134,7 +135,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communicate, then compute; each adds its result to the residual stream.
+    """x + attention, then x + MLP, each of the normalized residual stream x.
 
     The norm comes first ("pre-norm"), so the stream itself is never rescaled: Xiong et al. 2020,
     arXiv:2002.04745.
@@ -155,7 +156,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """What all models share; each has its own `forward(idx, targets, cache, loss_only)`."""
 
-    blocks = ()  # the modules of `forward`'s loop, if it has one
+    blocks = ()  # which are sharded, quantized, or trained by Muon; a Bigram has none
 
     def num_params(self):
         """Number of weights, shared ones counted once."""
@@ -168,7 +169,7 @@ class LanguageModel(nn.Module):
             self.init_parameter(name, p)
 
     def positions(self, idx, cache):
-        """Where in the context `idx` stands, (T,) int64. Raises ValueError if it ends before."""
+        """Positions of `idx` in the context, (T,) int64. Raises ValueError past block_size."""
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -185,7 +186,7 @@ class LanguageModel(nn.Module):
             weight.copy_(theirs[name])
 
     def new_cache(self, batch_size):
-        return None  # a model that looks back has something to remember
+        return None  # for a model that sees the last token only
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
         """Append `max_new_tokens` to every row of `idx`: (B, T) int64 to (B, T + max_new_tokens).
@@ -219,7 +220,7 @@ class GPT(LanguageModel):
         return self.transformer.h
 
     def init_parameter(self, name, p):
-        """GPT-2's start: N(0, 0.02) matrices, zero biases, LayerNorms that change nothing yet.
+        """GPT-2's initialization: N(0, 0.02) matrices, zero biases, LayerNorms of gain 1.
 
         Each block adds twice to the residual stream, so the 2 n_layer projections that do start
         smaller by sqrt(2 n_layer), and the stream's variance doesn't grow with depth.
@@ -240,8 +241,8 @@ class GPT(LanguageModel):
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """Predict the token after each of `idx`.
 
-        idx: (B, T) int64 ids. targets: (B, T) int64, the ids that did come next, -1 where none
-        counts. cache: from `new_cache`; `idx` then holds only the tokens not read before.
+        idx: (B, T) int64 ids. targets: (B, T) int64, the ids that did come next; -1: not counted.
+        cache: from `new_cache`; `idx` then holds only the tokens not read before.
 
         Returns (logits, loss). With targets: logits (B, T, vocab_size) and the mean cross-entropy
         in nats, a float32 scalar; None and the loss if `loss_only`, which may save much memory.
@@ -296,28 +297,29 @@ class GPT(LanguageModel):
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
-    """What `GPT.forward` returns, from the last hidden states x (B, T, n_embd)."""
+    """What `GPT.forward` returns, from what the head takes: hidden states x (B, T, n_embd)."""
     if targets is None:
         return lm_head(x[:, [-1]]), None
     plain = isinstance(lm_head, nn.Linear)  # and not quantized
     if loss_only and plain and targets.numel() * lm_head.out_features > MAX_LOGITS:
+        # As a rule with GPT-2's vocabulary: the same loss, without all logits in memory at once.
         return None, ChunkedLoss.apply(x.flatten(0, 1), lm_head.weight, targets.flatten())
     logits = lm_head(x)
-    return None if loss_only else logits, next_token_loss(logits, targets)
+    return (None if loss_only else logits), next_token_loss(logits, targets)
 
 
 def next_token_loss(logits, targets):
-    """Mean cross-entropy in nats: logits (..., V), targets (...) int64, -1 where none counts."""
+    """Mean cross-entropy in nats: logits (..., V), targets (...) int64; -1: not counted."""
     logits = logits.flatten(0, -2).float()  # bf16 has too few digits for a log-sum-exp
     total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='sum')
     return total / (targets != -1).sum().clamp(min=1)
 
 
-# --- writing
+# --- sampling
 
 
 class KVCache:
-    """What one attention layer remembers: the keys and values of the tokens read so far.
+    """Keys and values of one attention layer, for the tokens read so far.
 
     shape: (2, B, n_head, room, head_size). like: a weight of the model, for its device and dtype.
     """
@@ -328,13 +330,12 @@ class KVCache:
         self.kv = torch.empty(shape, dtype=dtype, device=like.device)
         self.length = 0  # positions filled
 
-    def append(self, q, k, v):
-        """Add k and v; return q, and all S keys and values so far: (B, n_head, S, head_size)."""
+    def append(self, k, v):
+        """Add k and v; return all S keys and values so far, each (B, n_head, S, head_size)."""
         start, self.length = self.length, self.length + k.size(2)
         self.kv[0, :, :, start : self.length] = k
         self.kv[1, :, :, start : self.length] = v
-        k, v = self.kv[:, :, :, : self.length]
-        return q.to(k.dtype), k, v
+        return self.kv[:, :, :, : self.length]
 
 
 @torch.inference_mode()
@@ -343,13 +344,13 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     """Yield the next tokens of the B texts in `idx`, a (B, 1) int64 tensor at a time.
 
     idx: (B, T) int64, T >= 1. temperature, top_k, top_p: see `sample_from`. generator: a
-    torch.Generator on the device of `idx`, for samples that can be had again. vocab_size: ids from
-    here on are padding of the embedding, and are never chosen.
+    torch.Generator on the device of `idx`, for reproducible samples. vocab_size: ids from here on
+    are padding of the embedding, and are never chosen.
 
     The prompt is read once, then each step reads one token and finds the earlier ones in the
-    cache. Positions are learned, so a full window can't just slide: its most recent half is
-    read anew, which costs one pass over block_size / 2 tokens every block_size / 2 steps or
-    so. Of a prompt longer than block_size, the end is kept.
+    cache. Cached keys carry their positions, so a full window can't just slide: its most recent
+    half is read anew, which costs one pass over block_size / 2 tokens every block_size / 2 steps
+    or so. Of a prompt longer than block_size, the end is kept.
     """
     was_training = model.training
     model.eval()
@@ -405,8 +406,7 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
 
 
 class Bigram(LanguageModel):
-    """The next token given the last one alone: whatever a GPT does better, it looked further back.
-    """
+    """A table of logits for the next token given the last one alone: the baseline to beat."""
 
     def __init__(self, config):
         super().__init__()
@@ -419,10 +419,7 @@ class Bigram(LanguageModel):
 
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """As `GPT.forward`; there is nothing to cache."""
-        if targets is None:
-            return self.table(idx[:, [-1]]), None
-        logits = self.table(idx)
-        return None if loss_only else logits, next_token_loss(logits, targets)
+        return logits_and_loss(idx, self.table, targets, loss_only)
 
     def flops_per_token(self):
         return 0  # the table is looked up, not multiplied
@@ -444,7 +441,7 @@ def read_pretrained(name, model_types, **required):
         config = AutoConfig.from_pretrained(name, **safe).to_dict()
         for key, value in required.items():
             if (config.get(key) or False) != value:
-                raise ValueError(f'{name} has {key}={config[key]!r}: it must be {value!r}')
+                raise ValueError(f'{name} has {key}={config.get(key)!r}: it must be {value!r}')
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
     except RuntimeError as error:
         raise ValueError(f'the weights of {name} do not fit its config.json: '

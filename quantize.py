@@ -1,11 +1,11 @@
-"""Forms of a model for sampling only: weights in 8 bits, or packed for a CPU's bf16 products.
+"""Weights in 8 bits, or packed for a CPU's bf16 products, to sample with; a loss of less memory.
 
     python sample.py --out_dir=out-wizard-char --quantize=int8
 
 In 8 bits, weights take a quarter of float32's memory, and of the reading for each token. Every row
 of a matrix is stored as whole numbers from -127 to 127 and one scale, the row's largest magnitude
 over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without the outliers).
-Activations keep their dtype. Neither form can be trained.
+Activations keep their dtype. Neither form can be trained. `ChunkedLoss`, below, is for training.
 """
 
 import torch

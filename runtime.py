@@ -301,8 +301,8 @@ def sync_gradients(model, sync):
 class StopSignal:
     """After Ctrl-C or SIGTERM, `received` is its number, not 0, and the run may end in good order.
 
-    A second Ctrl-C exits at once; but not within a second, since torchrun repeats the one that the
-    terminal has sent to every process already.
+    A second Ctrl-C exits at once; under torchrun, which repeats the one that the terminal has sent
+    to every process already, not within the same second.
     """
 
     def __init__(self, speaks):
@@ -316,7 +316,8 @@ class StopSignal:
         return self
 
     def handle(self, number, frame):
-        if self.received and number == signal.SIGINT and time.monotonic() - self.at > 1:
+        repeats = 'TORCHELASTIC_RUN_ID' in os.environ
+        if self.received and number == signal.SIGINT and time.monotonic() - self.at > repeats:
             os._exit(128 + number)
         if not self.received:
             self.received, self.at = number, time.monotonic()
@@ -336,9 +337,9 @@ class StopSignal:
 class Log:
     """`log.csv`, one row per logged iteration; loss.png; and Weights & Biases if asked for.
 
-    The rows of a new run wait in memory until `open`, so that nothing of a former run is touched
-    before there is something to keep. A resumed run goes on at `position`, which its checkpoint
-    has: what was written after that is cut off, and will be written again.
+    The rows of a new run wait in memory until `open`, at its first save: nothing of a former run
+    is touched before there is something to keep. A resumed run goes on at `position`, which its
+    checkpoint has: what was written after that is cut off, and will be written again.
     """
 
     columns = ('iteration tokens epochs train_loss train_eval_loss val_loss learning_rate '
@@ -347,7 +348,6 @@ class Log:
     def __init__(self, cfg, ranks, position=None):
         self.out_dir, self.path = cfg.out_dir, os.path.join(cfg.out_dir, 'log.csv')
         self.is_main, self.file, self.wandb = ranks.is_main, io.StringIO(), None
-        self.is_waiting = position is None
         self.draws = importlib.util.find_spec('matplotlib') is not None
         self.began = time.perf_counter() - (position or {}).get('seconds', 0.0)
         if self.is_main and cfg.wandb_log:
@@ -360,16 +360,17 @@ class Log:
         if position is not None:
             self.open(position.get('bytes'))
 
+    def is_open(self):
+        return not isinstance(self.file, io.StringIO)
+
     def open(self, size=0):
         """Write to the file from now on, after its first `size` bytes (None: after all)."""
-        self.is_waiting = False
-        if not self.is_main or not isinstance(self.file, io.StringIO):
-            return
-        waiting = self.file.getvalue()
-        self.file = open(self.path, 'a', newline='', encoding='utf-8')
-        self.file.truncate(min(size, self.file.tell()) if size is not None else None)
-        if not self.file.tell():
-            self.file.write(waiting)
+        if self.is_main and not self.is_open():
+            waiting = self.file.getvalue()
+            self.file = open(self.path, 'a', newline='', encoding='utf-8')
+            self.file.truncate(min(size, self.file.tell()) if size is not None else None)
+            if not self.file.tell():
+                self.file.write(waiting)
 
     def position(self):
         """What a checkpoint keeps of the log, to go on from there."""
@@ -389,7 +390,7 @@ class Log:
                             'then go on with --init_from=resume') from None
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iteration'])
-        if row['val_loss'] is not None and self.draws and not self.is_waiting:
+        if row['val_loss'] is not None and self.draws and self.is_open():
             try:
                 plot_loss.draw([self.out_dir], os.path.join(self.out_dir, 'loss.png'))
             except Exception as error:  # no picture is worth a run

@@ -1,4 +1,4 @@
-"""Let a model write.
+"""Sample from a model.
 
     python sample.py --out_dir=out-wizard-char --start="Dorothy"
     python sample.py --out_dir=out-wizard-char --start=FILE:a.txt --num_samples=1 --temperature=0.5
@@ -58,7 +58,7 @@ def read_prompt(start):
         except OSError as error:
             raise UserError(f'cannot read the prompt {source} ({error.strerror})') from None
     else:
-        return start.replace('\\n', '\n')  # as a shell passes on what --help shows
+        return start.replace('\\n', '\n')  # a shell passes \n as two characters
     try:
         return data.decode('utf-8-sig').replace('\r\n', '\n')
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ class Text:
         return new
 
 
-def write(cfg, prompt):
+def print_samples(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
     device, dtype = runtime.settle(cfg)
     runtime.tune(device)
@@ -96,7 +96,8 @@ def write(cfg, prompt):
     ready(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
-    ids, block_size = prompt_ids(tokenizer, prompt), model.config.block_size
+    ids = prompt_ids(tokenizer, prompt)
+    block_size = model.config.block_size
     if len(ids) > block_size:
         print(f'the prompt has {len(ids)} tokens; the model reads the last {block_size}',
               file=sys.stderr)
@@ -122,7 +123,7 @@ def main(argv):
     cfg = override(SampleConfig(), argv, usage=__doc__)
     remedy = f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'
     with console.user_errors(), runtime.out_of_memory(remedy):
-        write(cfg, read_prompt(cfg.start))
+        print_samples(cfg, read_prompt(cfg.start))
 
 
 if __name__ == '__main__':

@@ -67,27 +67,27 @@ class TrainConfig:
     # optimizer
     optimizer: str = 'adamw'  # adamw; muon for the matrices inside blocks, AdamW for the rest
     muon_lr: float = 0.02  # Muon's peak rate; it follows the same schedule
-    muon_momentum: float = 0.95  # Muon's memory of the gradient
+    muon_momentum: float = 0.95  # Muon's decay of the gradient's running mean
     muon_weight_decay: float = 0.1  # Muon's; its updates are large, so this one matters
     muon_steps: int = 5  # to make an update orthogonal; 3 take 0.6 of the time, and are rougher
     learning_rate: float = 6e-4  # the peak; small models like more: 1e-3 to 8e-3
     max_iters: int = 600000  # updates in all
     weight_decay: float = 0.1  # on matrices; never on biases and norms
-    beta1: float = 0.9  # AdamW's memory of the gradient
-    beta2: float = 0.95  # and of its square; 0.99 when a batch has few tokens
+    beta1: float = 0.9  # AdamW's decay of the gradient's running mean
+    beta2: float = 0.95  # and of its square's; 0.99 when a batch has few tokens
     grad_clip: float = 1.0  # longest gradient, as a norm; 0 doesn't clip
     decay_lr: bool = True  # false keeps the learning rate constant, from the first update on
-    warmup_iters: int = 2000  # iterations to rise to the peak in
-    lr_decay_iters: int | None = None  # iterations to fall to min_lr in; none means max_iters
+    warmup_iters: int = 2000  # iterations of linear rise to the peak
+    lr_decay_iters: int | None = None  # iteration at which min_lr is reached; none means max_iters
     min_lr: float = 6e-5  # a tenth of the peak is usual
     # machine
     backend: str = 'auto'  # for several processes: nccl on GPUs, gloo on CPU
     device: str = 'auto'  # the best there is of cuda, mps, cpu; or one by name, say cuda:1
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
     shard: bool = False  # keep only a part of weights, gradients and moments on each process
-    compile: bool | None = None  # torch.compile; none means on CUDA only, elsewhere it pays late
+    compile: bool | None = None  # torch.compile; none means on CUDA only, where it soon pays
     peak_tflops: float = 0.0  # the device's peak, to know MFU by; 0 looks it up
-    seed: int = 1337  # everything random follows from it
+    seed: int = 1337  # all that is drawn in training follows from it
 
     def __post_init__(self):
         """Refuse what is impossible, before anything slow. Raises UsageError."""
@@ -96,13 +96,13 @@ class TrainConfig:
                 known = ', '.join(MODEL_SIZES)
                 raise UsageError(f'model_size={self.model_size!r} must be one of {known}')
             self.n_layer, self.n_head, self.n_embd = MODEL_SIZES[self.model_size]
-            self.model_size = ''
+            self.model_size = ''  # or `replace` would undo a checkpoint's shape
         if self.model not in MODELS:
             raise UsageError(f'model={self.model!r} must be one of {", ".join(MODELS)}')
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
         counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
-                  'max_iters', 'muon_steps')
+                  'block_size', 'max_iters', 'muon_steps')
         for name, value in vars(self).items():
             least = 1 if name in counts else 0
             if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
@@ -159,24 +159,27 @@ def make_optimizers(model, cfg):
 
 
 @torch.no_grad()
-def evaluate(model, batches, amp, ranks, stop, progress):
-    """Mean cross-entropy per token over `batches`, in nats, the same on every rank.
+def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
+    """Mean cross-entropy per token of each split, in nats, by its name; the same on every rank.
 
-    batches: from `evaluation_batches`. Returns None if a signal came to stop the run.
+    Empty if a signal came to stop the run.
     """
-    total, count = 0.0, 0
+    losses = {}
     model.eval()
-    for x, y, share in batches:
-        if ranks.any(stop.received):
-            return None
-        progress.show(share, f'evaluating: {share:.0%}')
-        with amp:
-            _, loss = model(x, y, loss_only=True)
-        counted = (y != -1).sum().item()
-        total, count = total + loss.item() * counted, count + counted
+    for name, split in splits.items():
+        total, count = 0.0, 0
+        for x, y, share in evaluation_batches(split, cfg, ranks, device):
+            if ranks.any(stop.received):
+                return {}
+            progress.show(share, f'evaluating {name}: {share:.0%}')
+            with amp:
+                _, loss = model(x, y, loss_only=True)
+            counted = (y != -1).sum().item()
+            total, count = total + loss.item() * counted, count + counted
+        total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        losses[name] = total / count
     model.train()
-    total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
-    return total / count
+    return losses
 
 
 # Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
@@ -201,19 +204,19 @@ def train(cfg):
     """
     ranks = Ranks.from_environment()
     cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)
-    steps = cfg.gradient_accumulation_steps
-    if steps % ranks.world_size:
-        nearest = math.ceil(steps / ranks.world_size) * ranks.world_size
-        batch_size, rest = divmod(steps * cfg.batch_size, nearest)
+    micro_batches = cfg.gradient_accumulation_steps
+    if micro_batches % ranks.world_size:
+        nearest = math.ceil(micro_batches / ranks.world_size) * ranks.world_size
+        batch_size, rest = divmod(micro_batches * cfg.batch_size, nearest)
         keep = '' if rest else f', and batch_size={batch_size} keeps the size of an update'
-        raise UsageError(f'gradient_accumulation_steps={steps} cannot be shared among '
+        raise UsageError(f'gradient_accumulation_steps={micro_batches} cannot be shared among '
                          f'{ranks.world_size} processes: {nearest} can{keep}')
     device, dtype = runtime.settle(cfg, ranks)
     progress = Progress(enabled=ranks.is_main)
     if warning := runtime.tune(device, cfg.shard):
         progress.say(warning)
-    remedy = (f'lower --batch_size={cfg.batch_size} (with --gradient_accumulation_steps={steps} '
-              f'raised to keep the update) or --block_size={cfg.block_size}')
+    remedy = (f'lower --batch_size={cfg.batch_size} (with --gradient_accumulation_steps='
+              f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
     with (
         console.locked(cfg.out_dir) if ranks.is_main and not cfg.eval_only else nullcontext(),
         ranks.joined(device, cfg.backend), StopSignal(ranks.is_main) as stop,
@@ -228,7 +231,8 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     amp = runtime.autocast(device, dtype)
     data = Dataset(cfg.dataset, ranks)
     with console.user_errors():
-        asked, (cfg, config, weights, checkpoint) = cfg, starting_point(cfg, data.tokenizer, ranks)
+        asked = cfg
+        cfg, config, weights, checkpoint = starting_point(asked, data.tokenizer, ranks)
         raw = runtime.build(MODELS[cfg.model][0], config, weights, device, cfg.shard, cfg.seed)
         optimizers = make_optimizers(raw, cfg)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -237,11 +241,11 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             restore(optimizers, scaler, checkpoint)
             start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
             log_end = checkpoint['log']
-            former_end = checkpoint['config'].get('max_iters')
+            former_end = checkpoint['config'].get('max_iters')  # its last row is not in the log
             progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
                          f'goes on from {learning_rate(cfg, start):.3g}')
             overridden = [f'{name}={value}' for name, value in vars(cfg).items()
-                          if value != getattr(asked, name)]
+                          if getattr(asked, name) not in (None, value)]
             if overridden:
                 progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
     del checkpoint, weights  # a second copy of everything
@@ -249,21 +253,17 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     batches = training_batches(data.splits['train'], cfg, ranks, device, start)
     x, y = next(batches)
     net = runtime.compiled(raw, cfg, device, amp, (x, y))
-    model = runtime.wrap(net, ranks, cfg.shard)
+    model = runtime.wrap(net, ranks, cfg.shard)  # net, with gradients averaged over the ranks
     if cfg.eval_only:
         unit = 'character' if data.tokenizer.state()['type'] == 'char' else 'token'
-        for name, split in data.splits.items():
-            loss = evaluate(net, evaluation_batches(split, cfg, ranks, device), amp, ranks, stop,
-                            progress)
-            if loss is None:
-                raise KeyboardInterrupt
+        losses = evaluate(net, data.splits, cfg, ranks, device, amp, stop, progress)
+        if not losses:
+            raise KeyboardInterrupt
+        for name, loss in losses.items():
             progress.say(f'{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, '
                          f'{loss / math.log(2):.4f} bits per {unit}')
         return None
     log = Log(cfg, ranks, log_end)
-    # What to seed for dropout. torch.manual_seed would visit all other backends too, which takes
-    # noticeable time beside a small model's iteration on a CPU.
-    randomness = torch.default_generator if device.type == 'cpu' else torch
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
     update_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     epoch_tokens = data.splits['train'].tokens
@@ -273,29 +273,28 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         f'{raw.num_params():,} parameters, {update_tokens:,} tokens an update; {device} in '
         f'{str(dtype).removeprefix("torch.")}; results in {os.path.abspath(cfg.out_dir)}'
     )
-    bad_in_a_row, skipped = 0, (log_end or {}).get('skipped', 0)
-    since, updates, evaluation_seconds = time.perf_counter(), 0, 0.0  # since the log's last row
+    bad_in_a_row, skipped, evaluation_seconds = 0, (log_end or {}).get('skipped', 0), 0.0
+    since, updates = time.perf_counter(), 0  # since the log's last row
 
     for it in range(start, cfg.max_iters + 1):
-        last = it == cfg.max_iters
-        began, losses, improved = time.perf_counter(), {}, False
+        last, improved, losses = it == cfg.max_iters, False, {}
+        began = time.perf_counter()
         if it % cfg.eval_interval == 0 or last or it == former_end:
-            for name in ('train', 'val'):
-                losses[name] = evaluate(
-                    net, evaluation_batches(data.splits[name], cfg, ranks, device),
-                    amp, ranks, stop, progress)
-        stopping = ranks.any(stop.received)
-        if losses and not stopping:
+            splits = {name: data.splits[name] for name in ('train', 'val')}
+            losses = evaluate(net, splits, cfg, ranks, device, amp, stop, progress)
+        if losses:
+            # Equal is enough: a run killed before it saved best.pt finds the same loss again.
             improved = it > 0 and losses['val'] <= best_val_loss
-            best_val_loss = min(best_val_loss, losses['val']) if it > 0 else best_val_loss
+            best_val_loss = losses['val'] if improved else best_val_loss
             progress.say(f'step {it}: train loss {losses["train"]:.4f}, '
                          f'val loss {losses["val"]:.4f}' + ' (the best so far)' * improved)
 
+        stopping = ranks.any(stop.received)
         # Nothing is saved at iteration 0: there is nothing yet that a user could lose.
         if it > 0 and (stopping or improved or (losses and cfg.always_save_checkpoint)):
             if ranks.any(not all(runtime.local(p).isfinite().all() for p in raw.parameters())):
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
-            if ranks.is_main and log.is_waiting and set_aside(cfg.out_dir):
+            if ranks.is_main and not log.is_open() and set_aside(cfg.out_dir):
                 progress.say(f'the former run in {cfg.out_dir} was moved to '
                              + os.path.join(cfg.out_dir, 'previous'))
             log.open()
@@ -314,11 +313,12 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 'scaler': scaler.state_dict(),
                 'log': log.position() | {'skipped': skipped},
             }
-            if ranks.is_main:  # first ckpt.pt: from there, a killed run finds this best again
+            if ranks.is_main:
                 save(os.path.join(cfg.out_dir, 'ckpt.pt'), state)
             if ranks.is_main and improved:
                 save(os.path.join(cfg.out_dir, 'best.pt'), best)
             ranks.any(False)  # all wait: torchrun ends the others soon after the first has ended
+            del best, state  # whole copies, if the model is sharded
         if stopping:
             saved = f'{os.path.join(cfg.out_dir, "ckpt.pt")} is saved: to go on, the same command '
             progress.say(f'stopped at iteration {it}; ' + (
@@ -326,7 +326,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             if log.wandb:
                 log.wandb.finish()
             sys.exit(128 + (stop.received or signal.SIGTERM))
-        if losses and cfg.sample_tokens:
+        if losses and cfg.sample_tokens:  # on all ranks, since each may have a part of the model
             try:
                 text = sample_text(raw, data.tokenizer, cfg, device, amp)
             except Exception as error:
@@ -334,7 +334,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
         if losses:
             evaluation_seconds = time.perf_counter() - began
-            since += evaluation_seconds  # it is no training time
+            since += evaluation_seconds  # which doesn't count as training time
         row = {
             'iteration': it, 'tokens': it * update_tokens,
             'epochs': it * update_tokens / epoch_tokens,
@@ -345,7 +345,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
 
         # ---- TRAINING: all that moves the weights is from here ...
         seed = np.random.SeedSequence((cfg.seed, it, ranks.rank)).generate_state(1, np.uint64)
-        randomness.manual_seed(int(seed[0]))
+        torch.manual_seed(int(seed[0]))  # for dropout
         rate = learning_rate(cfg, it)
         muon_rate = cfg.muon_lr * rate / (cfg.learning_rate or 1)
         for optimizer, its_rate in zip(optimizers, (rate, muon_rate)):
@@ -358,7 +358,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 _, loss = model(x, y, loss_only=True)
             scaler.scale(loss / micro_steps).backward()
             x, y = next(batches)  # read while the GPU is at work
-            mean_loss += loss.detach() / cfg.gradient_accumulation_steps  # of all ranks
+            mean_loss += loss.detach() / cfg.gradient_accumulation_steps
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         # A rare long gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.

@@ -107,11 +107,10 @@ def validation_loss(model, cfg):
     import train
 
     cpu, ranks = torch.device('cpu'), runtime.Ranks()
-    split = train.Dataset(cfg.dataset, ranks).splits['val']
     return train.evaluate(
-        model, train.evaluation_batches(split, cfg, ranks, cpu),
-        runtime.autocast(cpu, torch.float32), ranks, stop=types.SimpleNamespace(received=0),
-        progress=Progress(enabled=False))
+        model, {'val': train.Dataset(cfg.dataset, ranks).splits['val']}, cfg, ranks, cpu,
+        runtime.autocast(cpu, torch.float32), stop=types.SimpleNamespace(received=0),
+        progress=Progress(enabled=False))['val']
 
 
 def steps(output):

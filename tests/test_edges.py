@@ -251,6 +251,20 @@ def test_the_same_command_again_keeps_the_former_run(tiny, capsys):
     assert contents('out/previous') == second
 
 
+def test_a_run_that_could_not_save_displaces_no_former_run(tiny, monkeypatch):
+    run()
+    former = contents('out')
+    with monkeypatch.context() as patch:
+        def full(path, checkpoint):
+            raise UserError('the disk is full')
+
+        patch.setattr(train, 'save', full)
+        with pytest.raises(UserError, match='full'):
+            run(seed=1)
+    run(seed=2)
+    assert contents('out/previous') == former
+
+
 def test_only_one_run_at_a_time_and_no_harm_before_its_first_save(tiny, error_of):
     run(max_iters=3)
     before = contents('out')
@@ -758,7 +772,7 @@ def test_the_time_left_has_the_evaluations_to_come(tiny, monkeypatch, capsys, ma
 
     monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(train, 'learning_rate', taking(1, train.learning_rate))
-    monkeypatch.setattr(train, 'evaluate', taking(50, train.evaluate))
+    monkeypatch.setattr(train, 'evaluate', taking(100, train.evaluate))
     monkeypatch.setattr(train, 'starting_point', taking(1000, train.starting_point))
     run(max_iters=max_iters, eval_interval=10)
     lines = re.findall(r'^iter (\d+): (.*)', capsys.readouterr().out, re.M)

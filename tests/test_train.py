@@ -104,8 +104,8 @@ def test_what_is_saved_when(tiny, monkeypatch, always, expected):
     """Nothing at iteration 0, however good; without `always`, only what improved."""
     saved = []
     monkeypatch.setattr(train, 'save', lambda path, c: saved.append((path, c['iter_num'])))
-    losses = iter([3, 1, 3, 2, 3, 9, 3, 8, 3, 7])
-    monkeypatch.setattr(train, 'evaluate', lambda *_: next(losses))
+    losses = iter([1, 2, 9, 8, 7])
+    monkeypatch.setattr(train, 'evaluate', lambda *_: dict(train=3, val=next(losses)))
     best = train.train(TrainConfig(**TINY | dict(max_iters=8, eval_interval=2),
                                    always_save_checkpoint=always))
     assert saved == [(f'out/{name}', it) for name, it in expected] and best == 2
