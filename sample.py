@@ -24,7 +24,7 @@ from tokenizer import prompt_ids
 
 @dataclass
 class SampleConfig:
-    init_from: str = 'resume'  # resume: out_dir; or a checkpoint, its folder, gpt2 ... gpt2-xl
+    init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: gpt2, a folder
     out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
     start: str = '\n'  # the prompt; FILE:path reads a file, - reads standard input
     num_samples: int = 3  # how many texts

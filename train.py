@@ -53,7 +53,7 @@ class TrainConfig:
     batch_size: int = 12  # texts per micro-batch: as many as memory allows
     block_size: int = 1024  # tokens of context: attention costs its square
     # model
-    init_from: str = 'scratch'  # scratch, resume, a checkpoint or its folder, or gpt2 ... gpt2-xl
+    init_from: str = 'scratch'  # scratch, resume, a checkpoint, or Hugging Face's: gpt2, a folder
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
     model_size: str = ''  # a name from model.py's table, instead of the three below
     n_layer: int = 12  # depth: how many blocks, one after the other
@@ -273,6 +273,8 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         f'{raw.num_params():,} parameters, {update_tokens:,} tokens an update; {device} in '
         f'{str(dtype).removeprefix("torch.")}; results in {os.path.abspath(cfg.out_dir)}'
     )
+    # How the model's text begins, for the hint at the end; not if the model can't read it.
+    prompt = '' if cfg.sample_start == '\n' else f' --start={shlex.quote(cfg.sample_start)}'
     bad_in_a_row, skipped, evaluation_seconds = 0, (log_end or {}).get('skipped', 0), 0.0
     since, updates = time.perf_counter(), 0  # since the log's last row
 
@@ -330,7 +332,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             try:
                 text = sample_text(raw, data.tokenizer, cfg, device, amp)
             except Exception as error:
-                text = f'(no sample: {error})'
+                text, prompt = f'(no sample: {error})', ''
             progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
         if losses:
             evaluation_seconds = time.perf_counter() - began
@@ -405,12 +407,12 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             since, updates = time.perf_counter(), 0
 
     log.write(row)
-    folder = shlex.quote(cfg.out_dir)
-    prompt = '' if cfg.sample_start == '\n' else f' --start={shlex.quote(cfg.sample_start)}'
+    script = os.path.join(os.path.dirname(__file__), 'sample.py')
+    python, script = shlex.quote(sys.orig_argv[0]), shlex.quote(os.path.relpath(script))
     progress.say(
         f'best val loss {best_val_loss:.4f} after {clock(time.perf_counter() - log.began)}, '
         f'weights in {os.path.join(cfg.out_dir, "best.pt")}\n'
-        f'now: {sys.orig_argv[0]} sample.py --out_dir={folder}{prompt}'
+        f'now: {python} {script} --out_dir={shlex.quote(cfg.out_dir)}{prompt}'
     )
     return best_val_loss
 

@@ -854,7 +854,7 @@ def test_the_closing_hint_can_be_typed(tiny, one_line, monkeypatch, capsys, data
     out = capsys.readouterr().out
     assert 'no sample' not in out
     hint = shlex.split(out.strip().split('\nnow: ')[1])
-    assert hint[:2] == ['.venv/bin/python', 'sample.py']
+    assert hint[0] == '.venv/bin/python' and os.path.samefile(hint[1], f'{ROOT}/sample.py')
     assert len(written(capsys, *hint[2:])) >= 4
 
 
@@ -862,6 +862,12 @@ def test_the_closing_hint_has_the_prompt_of_the_run(tiny, capsys):
     run(max_iters=1, sample_start='the lion’s ')
     hint = shlex.split(capsys.readouterr().out.strip().split('\nnow: ')[1])
     assert written(capsys, *hint[2:]).startswith('the lion’s ')
+
+
+def test_the_closing_hint_leaves_out_a_prompt_that_the_model_cannot_read(tiny, capsys):
+    run(max_iters=1, sample_start='奥兹', sample_tokens=5)
+    out = capsys.readouterr().out
+    assert 'no sample' in out and '--start' not in out.split('\nnow: ')[1]
 
 
 def test_a_text_without_line_breaks_can_be_sampled(one_line, capsys):

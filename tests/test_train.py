@@ -35,7 +35,7 @@ def test_it_can_be_imported_and_run(tiny, capsys):
     assert [it for it, _, _ in steps(out)] == [0, 3]
     assert steps(out)[1][2] == round(best, 4) < 4.2
     assert re.search(r'^iter 1: loss [\d.]+, time [\d.]+ms', out, re.M)
-    assert '  | ' in out and ' sample.py --out_dir=out' in out and 'out/best.pt' in out
+    assert '  | ' in out and 'sample.py --out_dir=out' in out and 'out/best.pt' in out
     assert '\r' not in out and '\x1b' not in out
 
 
