@@ -154,7 +154,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """As GPT-2's block: communicate, then compute, each on a normed copy of the stream."""
+    """As GPT-2's block: x + attention, then x + MLP, each of the normalized stream x."""
 
     def __init__(self, config):
         super().__init__()

@@ -369,7 +369,7 @@ class Log:
             waiting = self.file.getvalue()
             self.file = open(self.path, 'a', newline='', encoding='utf-8')
             self.file.truncate(min(size, self.file.tell()) if size is not None else None)
-            if not self.file.tell():
+            if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
                 self.file.write(waiting)
 
     def position(self):

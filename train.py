@@ -407,12 +407,12 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             since, updates = time.perf_counter(), 0
 
     log.write(row)
-    script = os.path.join(os.path.dirname(__file__), 'sample.py')
-    python, script = shlex.quote(sys.orig_argv[0]), shlex.quote(os.path.relpath(script))
+    script = os.path.join(os.path.dirname(sys.argv[0]), 'sample.py')  # as train.py was typed
     progress.say(
         f'best val loss {best_val_loss:.4f} after {clock(time.perf_counter() - log.began)}, '
         f'weights in {os.path.join(cfg.out_dir, "best.pt")}\n'
-        f'now: {python} {script} --out_dir={shlex.quote(cfg.out_dir)}{prompt}'
+        f'now: {shlex.quote(sys.orig_argv[0])} {shlex.quote(script)} '
+        f'--out_dir={shlex.quote(cfg.out_dir)}{prompt}'
     )
     return best_val_loss
 

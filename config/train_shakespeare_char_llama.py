@@ -1,7 +1,7 @@
 # Tiny Shakespeare by characters, by today's architecture and optimizer: a validation loss of 1.481
-# nats per character (1.497 over the whole split), after 170 s on two slow CPU cores with bf16, where
-# config/train_shakespeare_char_cpu.py got 1.546 (1.550) in 192 s. With 5 layers of 80, as many heads
-# and 3,000 updates it is 1.470 over the whole split, in more than twice the time.
+# nats per character (1.497 over the whole split), after 170 s on two slow CPU cores with bf16,
+# where config/train_shakespeare_char_cpu.py got 1.546 (1.550) in 192 s. With 5 layers of 80, 5
+# heads and 3,000 updates it is 1.470 over the whole split, in more than twice the time.
 # Tried, over the whole split. In about this time: 3 layers of 128, 1.514; 5 of 80 with 2 heads,
 # 1.510; learning_rate=1.5e-2, 1.508; muon_momentum=0.9, 1.497. In more time, muon_lr=0.03: context
 # 128 and 2 layers of 160, 1.526, of 128 with dropout 0.1, 1.566, or weight decay 0.4, 1.539;

@@ -261,8 +261,20 @@ def test_a_run_that_could_not_save_displaces_no_former_run(tiny, monkeypatch):
         patch.setattr(train, 'save', full)
         with pytest.raises(UserError, match='full'):
             run(seed=1)
+    assert os.path.exists('out/log.csv')  # it had begun
     run(seed=2)
     assert contents('out/previous') == former
+    assert [int(row['iteration']) for row in log_rows()] == list(range(7))
+
+
+def test_a_resumed_run_saves_where_its_log_ends(tiny):
+    """At its first save, too, when rows of before were cut off and none was written yet."""
+    run(max_iters=6)
+    checkpoint = load_checkpoint('out/ckpt.pt')
+    run(init_from='resume', max_iters=12)
+    assert os.path.getsize('out/log.csv') > checkpoint['log']['bytes']
+    log = runtime.Log(TrainConfig(**RUN), runtime.Ranks(), checkpoint['log'])
+    assert log.position()['bytes'] == checkpoint['log']['bytes'] == os.path.getsize('out/log.csv')
 
 
 def test_only_one_run_at_a_time_and_no_harm_before_its_first_save(tiny, error_of):
@@ -849,7 +861,8 @@ def written(capsys, *args):
 
 @pytest.mark.parametrize('dataset', ['tiny', 'plain'])
 def test_the_closing_hint_can_be_typed(tiny, one_line, monkeypatch, capsys, dataset):
-    monkeypatch.setattr(sys, 'orig_argv', ['.venv/bin/python', 'train.py'])
+    monkeypatch.setattr(sys, 'orig_argv', ['.venv/bin/python', f'{ROOT}/train.py'])
+    monkeypatch.setattr(sys, 'argv', [f'{ROOT}/train.py'])
     run(dataset=dataset, out_dir='my out', max_iters=1, sample_tokens=5)
     out = capsys.readouterr().out
     assert 'no sample' not in out

@@ -250,7 +250,8 @@ def test_flops_per_token_of_gpt2():
 
 @pytest.mark.parametrize('wrong, words', [
     (dict(n_embd=33), 'multiple of n_head=2'), (dict(n_layer=0), 'n_layer is 0'),
-    (dict(n_head=-1), 'n_head'), (dict(vocab_size=0), 'vocab_size'), (dict(block_size=0), 'block_size'),
+    (dict(n_head=-1), 'n_head'), (dict(vocab_size=0), 'vocab_size'),
+    (dict(block_size=0), 'block_size'),
     (dict(dropout=1.0), 'dropout'), (dict(gelu='relu'), 'relu'), (dict(n_embd=32.0), '32.0'),
 ])
 def test_impossible_shapes_are_refused_with_a_sentence(wrong, words):
