@@ -407,7 +407,8 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             since, updates = time.perf_counter(), 0
 
     log.write(row)
-    script = os.path.join(os.path.dirname(sys.argv[0]), 'sample.py')  # as train.py was typed
+    script = os.path.join(os.path.dirname(__file__), 'sample.py')
+    script = script.removeprefix(os.getcwd() + os.sep)
     progress.say(
         f'best val loss {best_val_loss:.4f} after {clock(time.perf_counter() - log.began)}, '
         f'weights in {os.path.join(cfg.out_dir, "best.pt")}\n'

@@ -862,7 +862,6 @@ def written(capsys, *args):
 @pytest.mark.parametrize('dataset', ['tiny', 'plain'])
 def test_the_closing_hint_can_be_typed(tiny, one_line, monkeypatch, capsys, dataset):
     monkeypatch.setattr(sys, 'orig_argv', ['.venv/bin/python', f'{ROOT}/train.py'])
-    monkeypatch.setattr(sys, 'argv', [f'{ROOT}/train.py'])
     run(dataset=dataset, out_dir='my out', max_iters=1, sample_tokens=5)
     out = capsys.readouterr().out
     assert 'no sample' not in out
