@@ -72,22 +72,23 @@ def autocast(device, dtype):
 def tune(device, shard=False):
     """Make the fast way the default, once at start-up; returns a warning, or ''."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
-    if device.type != 'cpu':
+    if device.type != 'cpu' or sys.platform != 'linux':
         return ''
-    if sys.platform == 'linux':
-        # glibc hands every large block back to the kernel and faults it in again, zeroed, on the
-        # next step. Keeping freed memory trains faster.
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            # Shards gather and free weights all the time, which would fragment such a heap.
-            mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
-            mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: what it keeps
+    # glibc hands every large block back to the kernel and faults it in again, zeroed, on the next
+    # step. Keeping freed memory trains faster.
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # Shards gather and free weights all the time, which would fragment such a heap.
+        mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
+        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: what it keeps
+    with open('/proc/loadavg') as file:
+        load, _, _, running, _ = file.read().split()
+    # Busy in the last minute and still now; the load alone would count our own run before this.
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    busy = min(cores, round(os.getloadavg()[0])) if hasattr(os, 'getloadavg') else 0
-    free = cores - busy
-    if free < threads > 1 and 'OMP_NUM_THREADS' not in os.environ:
-        return (f'{busy} of {cores} cores were busy with other work in the last minute: if that '
-                f'goes on, OMP_NUM_THREADS={max(1, free)} is faster')
+    busy = min(cores, round(float(load)), int(running.split('/')[0]) - 1)
+    if cores - busy < threads > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        return (f'{busy} of {cores} cores are busy with other work: if that goes on, '
+                f'OMP_NUM_THREADS={max(1, cores - busy)} is faster')
     return ''
 
 

@@ -800,19 +800,24 @@ def test_an_untrained_model_is_not_evaluated(tiny, error_of):
     assert run(init_from='out', eval_only=True) is None
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc')
 def test_a_busy_machine_is_told(tiny, monkeypatch, capsys):
     monkeypatch.setattr(os, 'cpu_count', lambda: 2)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     told = []
-    for load, setting in ((0.9, None), (0.9, '1'), (0.1, None), (7.5, None)):
-        monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0.0, 0.0))
+    for load, setting in (('0.9 0 0 3/90 7', None), ('0.9 0 0 3/90 7', '1'),
+                          ('0.1 0 0 3/90 7', None), ('1.9 0 0 1/90 7', None),
+                          ('7.5 0 0 9/90 7', None)):
+        monkeypatch.setattr(runtime, 'open', lambda *args, **kwargs: (
+            io.StringIO(load) if args == ('/proc/loadavg',) else open(*args, **kwargs)
+        ), raising=False)
         monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
         if setting:
             monkeypatch.setenv('OMP_NUM_THREADS', setting)
         capsys.readouterr()
         run(max_iters=1, eval_iters=1)
         told.append(re.findall(r'OMP_NUM_THREADS=\S+', capsys.readouterr().out))
-    assert told == [['OMP_NUM_THREADS=1'], [], [], ['OMP_NUM_THREADS=1']]
+    assert told == [['OMP_NUM_THREADS=1'], [], [], [], ['OMP_NUM_THREADS=1']]
 
 
 @pytest.mark.parametrize('micro_batches, batch_size, world_size, words', [
