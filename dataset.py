@@ -182,8 +182,6 @@ def make(name, folder):
     if name == 'openwebtext':
         raise UserError(f'{folder} is missing: python prepare_openwebtext.py downloads 12 GB for '
                         'it; to begin with, python train.py config/train_wizard_char.py')
-    known = [*PREPARE, *(os.path.basename(os.path.dirname(path)) for path in sorted(there))]
-    raise UserError(
-        f'the dataset {folder} is missing: choose one of {", ".join(known)}, or make it with '
-        f'python prepare_text.py your.txt --dataset={name}'
-    )
+    known = sorted({*PREPARE, *(os.path.basename(os.path.dirname(path)) for path in there)})
+    raise UserError(f'the dataset {folder} is missing: choose one of {", ".join(known)}, or make '
+                    f'it with python prepare_text.py your.txt --dataset={name}')

@@ -46,15 +46,17 @@ def read_text(paths):
         files += inside or [path]
     texts = []
     for path in files:
-        with console.user_errors():
-            try:
-                texts.append(Path(path).read_text('utf-8-sig'))
-            except UnicodeDecodeError as error:
-                data, start = error.object, error.start
-                encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
-                raise UserError(
-                    f'{path} is not UTF-8: byte 0x{data[start]:02x} at offset {start}; '
-                    f'convert it, say with iconv -f {encoding} -t utf-8') from None
+        try:
+            texts.append(Path(path).read_text('utf-8-sig'))
+        except OSError as error:
+            raise UserError(f'cannot read {path} ({error.strerror}): name a text file, or a folder '
+                            'of .txt files') from None
+        except UnicodeDecodeError as error:
+            data, start = error.object, error.start
+            encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
+            raise UserError(
+                f'{path} is not UTF-8: byte 0x{data[start]:02x} at offset {start}; '
+                f'convert it, say with iconv -f {encoding} -t utf-8') from None
     return ''.join(text if text.endswith('\n') else text + '\n' for text in texts[:-1]) + texts[-1]
 
 
