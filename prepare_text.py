@@ -49,8 +49,8 @@ def read_text(paths):
         try:
             texts.append(Path(path).read_text('utf-8-sig'))
         except OSError as error:
-            raise UserError(f'cannot read {path} ({error.strerror}): name a text file, or a folder '
-                            'of .txt files') from None
+            raise UserError(f'cannot read {path} ({error.strerror}): name a text file, or a '
+                            'folder of .txt files') from None
         except UnicodeDecodeError as error:
             data, start = error.object, error.start
             encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
