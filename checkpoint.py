@@ -9,8 +9,6 @@ the weights with the best validation loss.
 import errno
 import glob
 import os
-import pickle
-import shutil
 import warnings
 from dataclasses import fields, replace
 from textwrap import shorten
@@ -42,16 +40,19 @@ def save(path, checkpoint):
 
 
 def set_aside(out_dir):
-    """Move a former run's files in `out_dir` to `out_dir/previous`; returns whether it did."""
-    previous = os.path.join(out_dir, 'previous')
-    names = [name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
+    """Move a former run's files in `out_dir` to `out_dir/previous`; returns whether it did.
+
+    What was in `previous` is then in `previous/previous`: nothing is deleted.
+    """
+    names = [name for name in ('previous', 'loss.png', 'log.csv', 'best.pt', 'ckpt.pt')
              if os.path.exists(os.path.join(out_dir, name))]
     if not {'ckpt.pt', 'best.pt'} & {*names}:
         return False  # a run that saved nothing must not displace one that did
-    shutil.rmtree(previous, ignore_errors=True)
-    os.makedirs(previous)
+    unfinished = os.path.join(out_dir, 'previous.tmp')
+    os.makedirs(unfinished, exist_ok=True)
     for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
+        os.replace(os.path.join(out_dir, name), os.path.join(unfinished, name))
+    os.replace(unfinished, os.path.join(out_dir, 'previous'))
     return True
 
 
@@ -87,14 +88,10 @@ def load_checkpoint(path, mmap=False):
         }
         class_and_config(checkpoint)  # raises for an impossible shape
         return checkpoint
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f'{path} was not loaded: it is no checkpoint, or holds more than tensors and plain '
-            'values and might run code; give the .pt file that train.py wrote'
-        ) from None
-    except Exception as error:  # damage shows in many ways
-        raise ValueError(f'{path} is damaged, or no checkpoint of a GPT ({reason(error)}): take '
-                         'the .pt file that train.py wrote, or an older copy') from None
+    except Exception as error:  # damage shows in many ways, and so does code in a pickle
+        raise ValueError(f'{path} is damaged, no checkpoint of a GPT, or might run code '
+                         f'({reason(error)}): take the .pt file that train.py wrote, or an older '
+                         'copy') from None
 
 
 def reason(error):
@@ -139,12 +136,8 @@ def from_pretrained(name, dropout=0.0):
     """The GPT or Llama of that name. Raises as `GPT.from_pretrained`."""
     from transformers import PretrainedConfig
 
-    model_type = PretrainedConfig.get_config_dict(name)[0].get('model_type')
-    classes = {'gpt2': GPT, 'llama': Llama, 'qwen3': Llama}
-    if model_type not in classes:
-        raise ValueError(f'{name} has model_type={model_type!r}: it must be one of '
-                         + ', '.join(classes))
-    return classes[model_type].from_pretrained(name, dropout)
+    is_gpt2 = PretrainedConfig.get_config_dict(name)[0].get('model_type') == 'gpt2'
+    return (GPT if is_gpt2 else Llama).from_pretrained(name, dropout)
 
 
 def load_model(path):
@@ -185,10 +178,15 @@ def starting_point(cfg, tokenizer, ranks):
     else:
         path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else cfg.init_from
         checkpoint = load_checkpoint(path, mmap=from_rank_0)
-        if resume:
-            check_resumable(checkpoint, path, cfg, state)
-        else:
-            adapt_alphabet(checkpoint, tokenizer_state(checkpoint, path), state, path)
+        theirs = tokenizer_state(checkpoint, path)
+        if resume and theirs != state:
+            raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: '
+                             f'begin a new run from its weights with --init_from={path} and '
+                             'another --out_dir')
+        if resume and checkpoint['iter_num'] > cfg.max_iters:
+            raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
+                             f'max_iters={cfg.max_iters}: give a larger --max_iters')
+        adapt_alphabet(checkpoint, theirs, state, path)
         cls, config = class_and_config(checkpoint, dropout=cfg.dropout)
         weights = checkpoint['model']
     if cfg.init_from not in ('scratch', 'resume'):
@@ -201,17 +199,6 @@ def starting_point(cfg, tokenizer, ranks):
     actual = {name: value for name, value in vars(config).items() if hasattr(cfg, name)}
     actual['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
     return replace(cfg, **actual), config, weights, checkpoint if resume else None
-
-
-def check_resumable(checkpoint, path, cfg, state):
-    """Raise ValueError unless `checkpoint` is a state of a run on these tokens."""
-    too_few_rows = state['vocab_size'] > checkpoint['model_args'].get('vocab_size', 0)
-    if too_few_rows or checkpoint.get('tokenizer') not in (None, state):
-        raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: begin a '
-                         f'new run from its weights with --init_from={path} and another --out_dir')
-    if checkpoint['iter_num'] > cfg.max_iters:
-        raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
-                         f'max_iters={cfg.max_iters}: give a larger --max_iters')
 
 
 def refuse_other_tokens(path, theirs, state):
@@ -230,22 +217,18 @@ def adapt_alphabet(checkpoint, theirs, state, path):
     """
     if not theirs['type'] == state['type'] == 'char' or theirs == state:
         return refuse_other_tokens(path, theirs, state)
-    weights, known = checkpoint['model'], {char: row for row, char in enumerate(theirs['chars'])}
+    weights = checkpoint['model']
     if 'table.weight' in weights:
         raise ValueError(f'{path} is a bigram of another alphabet: train one from scratch')
+    common = [char for char in state['chars'] if char in theirs['chars']]
+    new, old = ([alphabet['chars'].index(char) for char in common] for alphabet in (state, theirs))
     for key in weights.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
                                  'lm_head.weight'}:
         shape = state['vocab_size'], weights[key].size(1)
         rows = torch.normal(0, 0.02, shape, generator=torch.Generator().manual_seed(0))
-        for row, char in enumerate(state['chars']):
-            if char in known:
-                rows[row] = weights[key][known[char]]
+        rows[new] = weights[key][old]
         weights[key] = rows
     checkpoint['model_args']['vocab_size'] = state['vocab_size']
-
-
-# What an optimizer keeps of a weight: before its first update, AdamW, Muon.
-MOMENTS = (set(), {'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'})
 
 
 def restore(optimizers, scaler, checkpoint):
@@ -255,19 +238,12 @@ def restore(optimizers, scaler, checkpoint):
     """
     try:
         states = [checkpoint['optimizer'], *checkpoint.get('muon', [])]
-        for optimizer, state in zip(optimizers, states, strict=True):
-            ids = [i for group in state['param_groups'] for i in group['params']]
+        for optimizer, saved in zip(optimizers, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group['params']]
-            for i, p in zip(ids, params, strict=True):
-                saved = state['state'].get(i, {})
-                if saved.keys() not in MOMENTS:
-                    raise ValueError(f'a state of {", ".join(map(str, saved))}')
-                for name, value in saved.items():
-                    value = torch.as_tensor(value, dtype=torch.float32).contiguous()
-                    if value.shape != (() if name == 'step' else p.shape):
-                        raise ValueError(f'{name} of {tuple(value.shape)} for {tuple(p.shape)}')
-                    optimizer.state[p][name] = (
-                        value.to(p.device) if name == 'step' else like(value, p))
+            moments = {i: {name: value if name == 'step' else like(value, params[i])
+                           for name, value in state.items()}
+                       for i, state in saved['state'].items()}
+            optimizer.load_state_dict(optimizer.state_dict() | {'state': moments})
         if checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:

@@ -92,6 +92,8 @@ def locked(folder):
     is_new, handle = not os.path.isdir(folder), None
     with user_errors():
         os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'cannot write into {folder}: choose another folder')
     try:
         with contextlib.suppress(ImportError, OSError):  # no locks: Windows, some network drives
             import fcntl

@@ -7,16 +7,13 @@ and values, a norm on queries and keys, and no biases. The whole: Touvron et al.
 arXiv:2307.09288.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import (
-    GPTConfig, KVCache, LanguageModel, attention, logits_and_loss, read_pretrained,
-)
+from model import GPTConfig, KVCache, LanguageModel, attention, logits_and_loss
 
 
 @dataclass
@@ -189,15 +186,6 @@ class Llama(LanguageModel):
     def blocks(self):
         return self.model.layers
 
-    def init_parameter(self, name, p):
-        """As GPT-2's: N(0, 0.02), smaller where a block adds to the stream; norms are ones."""
-        if name.endswith(('o_proj.weight', 'down_proj.weight')):
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-        elif p.dim() >= 2:
-            nn.init.normal_(p, std=0.02)
-        else:
-            nn.init.ones_(p)
-
     def new_cache(self, batch_size):
         """One empty KVCache a layer."""
         c = self.config
@@ -235,27 +223,23 @@ class Llama(LanguageModel):
                     weights |= {name.replace(ours, part): w for part, w in zip(theirs, rows)}
         return weights
 
-    @classmethod
-    def from_pretrained(cls, name, dropout=0.0):
-        """Weights of model_type `llama` or `qwen3` from Hugging Face, a folder or a hub's name.
+    hugging_face_types = ('llama', 'qwen3')
+    hugging_face_settings = dict(
+        hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
+        rope_scaling=False,
+    )
 
-        Raises as `GPT.from_pretrained`, for rope scaling, biases and sliding windows among others.
-        """
-        theirs, weights = read_pretrained(
-            name, ('llama', 'qwen3'), hidden_act='silu', attention_bias=False, mlp_bias=False,
-            use_sliding_window=False, rope_scaling=False,
-        )
+    @staticmethod
+    def hugging_face_config(theirs, dropout):
+        """As `GPT.hugging_face_config`."""
         rope = theirs.get('rope_parameters') or theirs  # transformers 5, and before
         if rope.get('rope_type', 'default') != 'default':
-            raise ValueError(f"{name} has rope_type={rope['rope_type']!r}: it must be 'default'")
-        model = cls(LlamaConfig(
+            raise ValueError(f"it has rope_type={rope['rope_type']!r}: it must be 'default'")
+        return LlamaConfig(
             block_size=theirs['max_position_embeddings'], vocab_size=theirs['vocab_size'],
             n_layer=theirs['num_hidden_layers'], n_head=theirs['num_attention_heads'],
             n_embd=theirs['hidden_size'], n_kv_head=theirs['num_key_value_heads'],
             qk_norm=theirs['model_type'] == 'qwen3', head_size=theirs.get('head_dim'),
-            dropout=dropout,
-            n_hidden=theirs['intermediate_size'], rope_theta=rope['rope_theta'],
+            dropout=dropout, n_hidden=theirs['intermediate_size'], rope_theta=rope['rope_theta'],
             norm_eps=theirs['rms_norm_eps'], tied=theirs['tie_word_embeddings'],
-        ))
-        model.copy_pretrained(weights)
-        return model
+        )

@@ -12,7 +12,7 @@ Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:17
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from textwrap import shorten
 
 import torch
@@ -63,10 +63,6 @@ class GPTConfig:
             raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and below 1')
         if self.gelu not in ('erf', 'tanh'):
             raise ValueError(f"gelu is {self.gelu!r}: it must be 'erf' or 'tanh'")
-
-    def model_args(self):
-        """What a checkpoint calls `model_args`: nanoGPT's seven settings."""
-        return {name: value for name, value in asdict(self).items() if name != 'gelu'}
 
 
 def attention(q, k, v, dropout=0.0):
@@ -168,6 +164,19 @@ class LanguageModel(nn.Module):
         for name, p in self.named_parameters():
             self.init_parameter(name, p)
 
+    def init_parameter(self, name, p):
+        """GPT-2's initialization: N(0, 0.02) matrices, zero biases, LayerNorms of gain 1.
+
+        Each block adds twice to the residual stream, so the 2 n_layer projections that do start
+        smaller by sqrt(2 n_layer), and the stream's variance doesn't grow with depth.
+        """
+        if name.endswith(('c_proj.weight', 'o_proj.weight', 'down_proj.weight')):
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif p.dim() >= 2:
+            nn.init.normal_(p, std=0.02)
+        else:
+            nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
+
     def positions(self, idx, cache):
         """Positions of `idx` in the context, (T,) int64. Raises ValueError past block_size."""
         start = cache[0].length if cache else 0
@@ -177,13 +186,14 @@ class LanguageModel(nn.Module):
                              f'{self.config.block_size}: pass the last ones only')
         return torch.arange(start, end, device=idx.device)
 
-    def copy_pretrained(self, theirs):
-        """Take the weights of Hugging Face's model, by its names. Raises ValueError."""
-        for name, weight in self.hugging_face_weights().items():
-            if weight.shape != theirs[name].shape:
-                raise ValueError(f'{name} is {tuple(theirs[name].shape)}, which is another '
-                                 f'architecture: it must be {tuple(weight.shape)}')
-            weight.copy_(theirs[name])
+    @classmethod
+    def from_pretrained(cls, name, dropout=0.0):
+        """Weights from Hugging Face: a folder, or a name there, 'gpt2' ... 'gpt2-xl' for GPT-2's.
+
+        Raises ImportError without the package transformers, ValueError for another architecture,
+        OSError when the weights can't be had.
+        """
+        return read_pretrained(cls, name, dropout)
 
     def new_cache(self, batch_size):
         return None  # for a model that sees the last token only
@@ -218,19 +228,6 @@ class GPT(LanguageModel):
     @property
     def blocks(self):
         return self.transformer.h
-
-    def init_parameter(self, name, p):
-        """GPT-2's initialization: N(0, 0.02) matrices, zero biases, LayerNorms of gain 1.
-
-        Each block adds twice to the residual stream, so the 2 n_layer projections that do start
-        smaller by sqrt(2 n_layer), and the stream's variance doesn't grow with depth.
-        """
-        if name.endswith('c_proj.weight'):
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-        elif p.dim() >= 2:
-            nn.init.normal_(p, std=0.02)
-        else:
-            nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
 
     def new_cache(self, batch_size):
         """One empty KVCache a layer."""
@@ -275,25 +272,21 @@ class GPT(LanguageModel):
         return {name: weight.t() if name.endswith(transposed) else weight
                 for name, weight in self.state_dict().items()}
 
-    @classmethod
-    def from_pretrained(cls, name, dropout=0.0):
-        """GPT-2's weights from Hugging Face: 'gpt2' ... 'gpt2-xl', or a local folder of that form.
+    hugging_face_types = ('gpt2',)
+    hugging_face_settings = dict(  # with others, it would compute something else
+        tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+    )
 
-        Raises ImportError without the package transformers, ValueError for another architecture,
-        OSError when the weights can't be had.
-        """
-        theirs, weights = read_pretrained(
-            name, ('gpt2',), tie_word_embeddings=True, layer_norm_epsilon=1e-5,
-            scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-        )
+    @staticmethod
+    def hugging_face_config(theirs, dropout):
+        """Our config, from theirs, a dict."""
         activation = theirs['activation_function']
-        model = cls(GPTConfig(
+        return GPTConfig(
             block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'],
             n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=theirs['n_embd'],
             dropout=dropout, gelu={'gelu_new': 'tanh', 'gelu': 'erf'}.get(activation, activation),
-        ))
-        model.copy_pretrained(weights)
-        return model
+        )
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
@@ -425,25 +418,28 @@ class Bigram(LanguageModel):
         return 0  # the table is looked up, not multiplied
 
 
-def read_pretrained(name, model_types, **required):
-    """A Hugging Face model's config, a dict, and its float32 weights by name.
-
-    required: settings that must have these values. No code that comes with the model is run.
-    Raises as `GPT.from_pretrained`.
-    """
+@torch.no_grad()
+def read_pretrained(cls, name, dropout):
+    """See `LanguageModel.from_pretrained`. No code that comes with the weights is run."""
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-    safe = dict(trust_remote_code=False)
+    kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
+    if kind not in cls.hugging_face_types:
+        raise ValueError(f'{name} has model_type={kind!r}: it must be gpt2, llama or qwen3')
+    theirs = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    for key, value in cls.hugging_face_settings.items():
+        if (theirs.get(key) or False) != value:
+            raise ValueError(f'{name} has {key}={theirs.get(key)!r}: it must be {value!r}')
+    model = cls(cls.hugging_face_config(theirs, dropout))
     try:
-        kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
-        if kind not in model_types:
-            raise ValueError(f'{name} has model_type={kind!r}: it must be one of {model_types}')
-        config = AutoConfig.from_pretrained(name, **safe).to_dict()
-        for key, value in required.items():
-            if (config.get(key) or False) != value:
-                raise ValueError(f'{name} has {key}={config.get(key)!r}: it must be {value!r}')
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **safe)
+        weights = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False).state_dict()
     except RuntimeError as error:
         raise ValueError(f'the weights of {name} do not fit its config.json: '
                          + shorten(str(error), 100)) from None
-    return config, model.state_dict()
+    for key, weight in model.hugging_face_weights().items():
+        if weight.shape != weights[key].shape:
+            raise ValueError(f'{key} is {tuple(weights[key].shape)}, which is another '
+                             f'architecture: it must be {tuple(weight.shape)}')
+        weight.copy_(weights[key])
+    return model

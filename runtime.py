@@ -19,7 +19,7 @@ from textwrap import shorten
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,11 +64,6 @@ def pick_dtype(name, device):
     return torch.bfloat16 if native else torch.float32
 
 
-def autocast(device, dtype):
-    """Run the matrix products inside in `dtype`; what needs the digits stays in float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 def tune(device, shard=False):
     """Make the fast way the default, once at start-up; returns a warning, or ''."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
@@ -81,8 +76,11 @@ def tune(device, shard=False):
         # Shards gather and free weights all the time, which would fragment such a heap.
         mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
         mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: what it keeps
-    with open('/proc/loadavg') as file:
-        load, _, _, running, _ = file.read().split()
+    try:
+        with open('/proc/loadavg') as file:
+            load, _, _, running, _ = file.read().split()
+    except OSError:  # some sandboxes hide it
+        return ''
     # Busy in the last minute and still now; the load alone would count our own run before this.
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     busy = min(cores, round(float(load)), int(running.split('/')[0]) - 1)
@@ -249,9 +247,11 @@ def build(cls, config, weights, device, shard=False, seed=0):
 
 def like(tensor, p):
     """`tensor`, from rank 0, where and as the weight `p` is: on its device, sharded as it is."""
+    if tensor.shape != p.shape:
+        raise ValueError(f'{tuple(tensor.shape)} in the place of {tuple(p.shape)}')
     if isinstance(p, DTensor):
         return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
-    return tensor.to(p.device)
+    return tensor.to(p.device).contiguous()
 
 
 def whole(value):
@@ -276,11 +276,6 @@ def whole_weights(model):
     return {name: gathered[p] for name, p in state.items()}
 
 
-def local(tensor):
-    """This rank's part of `tensor`."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def wrap(model, ranks, shard):
     """The model with its gradients averaged over the ranks; a sharded one does that by itself."""
     if ranks.world_size == 1 or shard:
@@ -290,7 +285,7 @@ def wrap(model, ranks, shard):
 
 def sync_gradients(model, sync):
     """Set whether the next backward pass averages gradients over the ranks."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, 'set_requires_gradient_sync'):  # sharded; torch.compile passes it on
         model.set_requires_gradient_sync(sync)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = sync
@@ -302,8 +297,7 @@ def sync_gradients(model, sync):
 class StopSignal:
     """After Ctrl-C or SIGTERM, `received` is its number, not 0, and the run may end in good order.
 
-    A second Ctrl-C exits at once; under torchrun, which repeats the one that the terminal has sent
-    to every process already, not within the same second.
+    A second Ctrl-C exits at once.
     """
 
     def __init__(self, speaks):
@@ -317,15 +311,13 @@ class StopSignal:
         return self
 
     def handle(self, number, frame):
-        repeats = 'TORCHELASTIC_RUN_ID' in os.environ
-        if self.received and number == signal.SIGINT and time.monotonic() - self.at > repeats:
+        if self.received and number == signal.SIGINT:
             os._exit(128 + number)
-        if not self.received:
-            self.received, self.at = number, time.monotonic()
-            if self.speaks:  # os.write, since print may be what was interrupted
-                with contextlib.suppress(OSError):
-                    os.write(1, b'\nfinishing this iteration, then saving; '
-                                b'Ctrl-C again to quit without\n')
+        if self.speaks and not self.received:
+            with contextlib.suppress(OSError):  # os.write, since print may be what was interrupted
+                os.write(1, b'\nfinishing this iteration, then saving; '
+                            b'Ctrl-C again to quit without\n')
+        self.received = self.received or number
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -368,27 +360,34 @@ class Log:
         """Write to the file from now on, after its first `size` bytes (None: after all)."""
         if self.is_main and not self.is_open():
             waiting = self.file.getvalue()
-            self.file = open(self.path, 'a', newline='', encoding='utf-8')
-            self.file.truncate(min(size, self.file.tell()) if size is not None else None)
-            if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
-                self.file.write(waiting)
+            with self.writing():
+                self.file = open(self.path, 'a', newline='', encoding='utf-8')
+                self.file.truncate(min(size, self.file.tell()) if size is not None else None)
+                if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
+                    self.file.write(waiting)
+                    self.file.flush()
 
-    def position(self):
-        """What a checkpoint keeps of the log, to go on from there."""
-        self.file.flush()
-        return {'bytes': self.file.tell(), 'seconds': time.perf_counter() - self.began}
-
-    def write(self, row):
-        """Add a row, a dict of some of `columns`. Raises UserError if the disk is full."""
-        if not self.is_main:
-            return
-        row['seconds'] = round(time.perf_counter() - self.began, 3)
+    @contextlib.contextmanager
+    def writing(self):
+        """Inside, a full disk and the like is a UserError."""
         try:
-            csv.DictWriter(self.file, self.columns).writerow(row)
-            self.file.flush()
+            yield
         except OSError as error:
             raise UserError(f'cannot write {self.path} ({error.strerror}): free some space, '
                             'then go on with --init_from=resume') from None
+
+    def position(self):
+        """What a checkpoint keeps of the log, to go on from there."""
+        return {'bytes': self.file.tell(), 'seconds': time.perf_counter() - self.began}
+
+    def write(self, row):
+        """Add a row, a dict of some of `columns`."""
+        if not self.is_main:
+            return
+        row['seconds'] = round(time.perf_counter() - self.began, 3)
+        with self.writing():
+            csv.DictWriter(self.file, self.columns).writerow(row)
+            self.file.flush()
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iteration'])
         if row['val_loss'] is not None and self.draws and self.is_open():

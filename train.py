@@ -228,9 +228,10 @@ def train(cfg):
 def training_run(cfg, ranks, device, dtype, stop, progress):
     """What `train` does, once there is a device, a process group, and a lock on out_dir."""
     # ---- set up: data, model, optimizers, and where in the run they stand
-    amp = runtime.autocast(device, dtype)
-    data = Dataset(cfg.dataset, ranks)
+    # Matrix products inside are in `dtype`; what needs the digits stays in float32.
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with console.user_errors():
+        data = Dataset(cfg.dataset, ranks)
         asked = cfg
         cfg, config, weights, checkpoint = starting_point(asked, data.tokenizer, ranks)
         raw = runtime.build(MODELS[cfg.model][0], config, weights, device, cfg.shard, cfg.seed)
@@ -250,19 +251,20 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
     del checkpoint, weights  # a second copy of everything
 
-    batches = training_batches(data.splits['train'], cfg, ranks, device, start)
-    x, y = next(batches)
-    net = runtime.compiled(raw, cfg, device, amp, (x, y))
-    model = runtime.wrap(net, ranks, cfg.shard)  # net, with gradients averaged over the ranks
     if cfg.eval_only:
         unit = 'character' if data.tokenizer.state()['type'] == 'char' else 'token'
-        losses = evaluate(net, data.splits, cfg, ranks, device, amp, stop, progress)
+        losses = evaluate(raw, data.splits, cfg, ranks, device, amp, stop, progress)
         if not losses:
             raise KeyboardInterrupt
         for name, loss in losses.items():
             progress.say(f'{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, '
                          f'{loss / math.log(2):.4f} bits per {unit}')
         return None
+
+    batches = training_batches(data.splits['train'], cfg, ranks, device, start)
+    x, y = next(batches)
+    net = runtime.compiled(raw, cfg, device, amp, (x, y))
+    model = runtime.wrap(net, ranks, cfg.shard)  # net, with gradients averaged over the ranks
     log = Log(cfg, ranks, log_end)
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
     update_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
@@ -274,7 +276,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         f'{str(dtype).removeprefix("torch.")}; results in {os.path.abspath(cfg.out_dir)}'
     )
     # How the model's text begins, for the hint at the end; not if the model can't read it.
-    prompt = '' if cfg.sample_start == '\n' else f' --start={shlex.quote(cfg.sample_start)}'
+    start_flag = [f'--start={cfg.sample_start}'] if cfg.sample_start != '\n' else []
     bad_in_a_row, skipped, evaluation_seconds = 0, (log_end or {}).get('skipped', 0), 0.0
     since, updates = time.perf_counter(), 0  # since the log's last row
 
@@ -294,7 +296,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         stopping = ranks.any(stop.received)
         # Nothing is saved at iteration 0: there is nothing yet that a user could lose.
         if it > 0 and (stopping or improved or (losses and cfg.always_save_checkpoint)):
-            if ranks.any(not all(runtime.local(p).isfinite().all() for p in raw.parameters())):
+            if not runtime.whole(torch.nn.utils.get_total_norm(raw.parameters())).isfinite():
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
             if ranks.is_main and not log.is_open() and set_aside(cfg.out_dir):
                 progress.say(f'the former run in {cfg.out_dir} was moved to '
@@ -302,7 +304,8 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             log.open()
             best = {
                 'model': runtime.whole_weights(raw),
-                'model_args': raw.config.model_args(),
+                # nanoGPT knows no gelu; it is in config
+                'model_args': {k: v for k, v in vars(raw.config).items() if k != 'gelu'},
                 'iter_num': it,  # the next update
                 'best_val_loss': best_val_loss,
                 'config': asdict(cfg),
@@ -332,7 +335,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             try:
                 text = sample_text(raw, data.tokenizer, cfg, device, amp)
             except Exception as error:
-                text, prompt = f'(no sample: {error})', ''
+                text, start_flag = f'(no sample: {error})', []
             progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
         if losses:
             evaluation_seconds = time.perf_counter() - began
@@ -408,13 +411,11 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
 
     log.write(row)
     script = os.path.join(os.path.dirname(__file__), 'sample.py')
-    script = script.removeprefix(os.getcwd() + os.sep)
-    progress.say(
-        f'best val loss {best_val_loss:.4f} after {clock(time.perf_counter() - log.began)}, '
-        f'weights in {os.path.join(cfg.out_dir, "best.pt")}\n'
-        f'now: {shlex.quote(sys.orig_argv[0])} {shlex.quote(script)} '
-        f'--out_dir={shlex.quote(cfg.out_dir)}{prompt}'
-    )
+    command = [sys.orig_argv[0], script.removeprefix(os.getcwd() + os.sep),
+               f'--out_dir={cfg.out_dir}', *start_flag]
+    progress.say(f'best val loss {best_val_loss:.4f} after '
+                 f'{clock(time.perf_counter() - log.began)}, weights in '
+                 f'{os.path.join(cfg.out_dir, "best.pt")}\nnow: {shlex.join(command)}')
     return best_val_loss
 
 

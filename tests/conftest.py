@@ -109,7 +109,7 @@ def validation_loss(model, cfg):
     cpu, ranks = torch.device('cpu'), runtime.Ranks()
     return train.evaluate(
         model, {'val': train.Dataset(cfg.dataset, ranks).splits['val']}, cfg, ranks, cpu,
-        runtime.autocast(cpu, torch.float32), stop=types.SimpleNamespace(received=0),
+        torch.autocast('cpu', enabled=False), stop=types.SimpleNamespace(received=0),
         progress=Progress(enabled=False))['val']
 
 

@@ -123,18 +123,6 @@ def wrong_square_of_the_same_size(checkpoint):
     state['exp_avg_sq'] = state['exp_avg_sq'].T.contiguous()
 
 
-def fewer_parameters(checkpoint):
-    checkpoint['optimizer']['param_groups'].pop()
-
-
-def groups_of_another_type(checkpoint):
-    checkpoint['optimizer']['param_groups'] = 'none'
-
-
-def no_groups(checkpoint):
-    del checkpoint['optimizer']['param_groups']
-
-
 def state_of_another_type(checkpoint):
     checkpoint['optimizer']['state'] = [1, 2]
 
@@ -161,9 +149,8 @@ def log_of_another_type(checkpoint):
 
 @pytest.mark.parametrize('spoil', [
     wrong_moments, moments_of_one_number, no_count_of_steps, wrong_square_of_the_same_size,
-    fewer_parameters, groups_of_another_type, no_groups, state_of_another_type,
-    optimizer_of_another_type, config_of_another_type, iteration_of_another_type,
-    best_loss_of_another_type, log_of_another_type,
+    state_of_another_type, optimizer_of_another_type, config_of_another_type,
+    iteration_of_another_type, best_loss_of_another_type, log_of_another_type,
 ], ids=lambda function: function.__name__)
 def test_a_malformed_checkpoint_is_not_resumed(tiny, error_of, spoil):
     """There is no update left to make, which might write where it must not."""
@@ -248,7 +235,9 @@ def test_the_same_command_again_keeps_the_former_run(tiny, capsys):
     second = {name: data for name, data in contents('out').items() if '/' not in name}
     assert second['ckpt.pt'] != former['ckpt.pt']
     run(seed=2)
-    assert contents('out/previous') == second
+    assert contents('out/previous/previous') == former
+    assert {name: data for name, data in contents('out/previous').items()
+            if '/' not in name} == second
 
 
 def test_a_run_that_could_not_save_displaces_no_former_run(tiny, monkeypatch):

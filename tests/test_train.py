@@ -76,7 +76,7 @@ def test_the_wizards_config_learns_portuguese(folder, capsys):
                 '--device=cpu'])
     out = capsys.readouterr().out
     (_, _, before), (_, _, after) = steps(out)
-    assert before > 4 and after < 3
+    assert before > 4 and after < 3.2
     assert '  | Não' in out
     sampled = script('sample.py', '--start=Você não está só: ação', '--max_new_tokens=20')
     assert sampled.stdout.startswith('Você não está só: ação'), sampled.stderr
