@@ -52,7 +52,8 @@ def user_errors():
     except BrokenPipeError:  # `run` handles it
         raise
     except ImportError as error:
-        raise UserError(f'{error}: pip install {error.name}') from None
+        remedy = f': pip install {error.name}' if error.name else ''
+        raise UserError(f'{error}{remedy}') from None
     except (ValueError, OSError) as error:
         raise UserError(' '.join(str(error).split())) from None
 
@@ -108,8 +109,9 @@ def locked(folder):
     finally:
         if handle is not None:
             os.close(handle)
-        if is_new and not os.listdir(folder):
-            os.rmdir(folder)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(folder)
 
 
 class Progress:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPTConfig, KVCache, LanguageModel, attention, logits_and_loss
+from model import GPTConfig, LanguageModel, attention, logits_and_loss
 
 
 @dataclass
@@ -186,12 +186,6 @@ class Llama(LanguageModel):
     def blocks(self):
         return self.model.layers
 
-    def new_cache(self, batch_size):
-        """One empty KVCache a layer."""
-        c = self.config
-        shape = (2, batch_size, c.n_kv_head, c.block_size, c.head_size)
-        return [KVCache(shape, self.model.norm.weight) for _ in self.model.layers]
-
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """As `GPT.forward`."""
         positions = self.positions(idx, cache)
@@ -200,12 +194,6 @@ class Llama(LanguageModel):
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[layer] if cache else None)
         return logits_and_loss(self.model.norm(x), self.lm_head, targets, loss_only)
-
-    def flops_per_token(self):
-        """As `GPT.flops_per_token`; an untied embedding is only looked up."""
-        c = self.config
-        weights = self.num_params() - (0 if c.tied else self.model.embed_tokens.weight.numel())
-        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
 
     def hugging_face_weights(self):
         """As `GPT.hugging_face_weights`: there, our joint matrices are several."""

@@ -195,8 +195,22 @@ class LanguageModel(nn.Module):
         """
         return read_pretrained(cls, name, dropout)
 
-    def new_cache(self, batch_size):
-        return None  # for a model that sees the last token only
+    def new_cache(self, room):
+        """An empty KVCache for each block, of at most `room` tokens; a Bigram needs none."""
+        return [KVCache(room) for _ in self.blocks]
+
+    def flops_per_token(self):
+        """Floating-point operations to train on one token: forward and backward.
+
+        6 for each weight that multiplies and 12 n_layer n_embd T for attention: Chowdhery et al.
+        2022 (PaLM), arXiv:2204.02311, appendix B. Embeddings are only looked up.
+        """
+        c = self.config
+        weights = {p for module in self.modules() if isinstance(module, nn.Linear)
+                   for p in module.parameters()}
+        width = c.n_head * getattr(c, 'head_size', c.n_embd // c.n_head)
+        return (6 * sum(p.numel() for p in weights)
+                + 12 * len(self.blocks) * width * c.block_size)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
         """Append `max_new_tokens` to every row of `idx`: (B, T) int64 to (B, T + max_new_tokens).
@@ -229,12 +243,6 @@ class GPT(LanguageModel):
     def blocks(self):
         return self.transformer.h
 
-    def new_cache(self, batch_size):
-        """One empty KVCache a layer."""
-        c, like = self.config, self.transformer.wpe.weight
-        shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return [KVCache(shape, like) for _ in self.transformer.h]
-
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """Predict the token after each of `idx`.
 
@@ -254,16 +262,6 @@ class GPT(LanguageModel):
             x = block(x, cache[layer] if cache else None)  # (B, T, n_embd)
         x = self.transformer.ln_f(x)
         return logits_and_loss(x, self.lm_head, targets, loss_only)
-
-    def flops_per_token(self):
-        """Floating-point operations to train on one token: forward and backward.
-
-        6 for each weight that multiplies and 12 n_layer n_embd T for attention: Chowdhery et al.
-        2022 (PaLM), arXiv:2204.02311, appendix B. Position embeddings are only looked up.
-        """
-        c = self.config
-        weights = self.num_params() - self.transformer.wpe.weight.numel()
-        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def hugging_face_weights(self):
         """Views of our weights by Hugging Face's names, in its form: to copy from or into."""
@@ -312,19 +310,19 @@ def next_token_loss(logits, targets):
 
 
 class KVCache:
-    """Keys and values of one attention layer, for the tokens read so far.
+    """Keys and values of one attention layer, for the tokens read so far, at most `room`."""
 
-    shape: (2, B, n_head, room, head_size). like: a weight of the model, for its device and dtype.
-    """
-
-    def __init__(self, shape, like):
-        # In float32, attention for a single query is faster on a CPU.
-        dtype = torch.float32 if like.device.type == 'cpu' else like.dtype
-        self.kv = torch.empty(shape, dtype=dtype, device=like.device)
+    def __init__(self, room):
+        self.room, self.kv = room, None
         self.length = 0  # positions filled
 
     def append(self, k, v):
         """Add k and v; return all S keys and values so far, each (B, n_head, S, head_size)."""
+        if self.kv is None:
+            B, n_head, _, head_size = k.shape
+            # In float32, attention for a single query is faster on a CPU.
+            dtype = torch.float32 if k.device.type == 'cpu' else k.dtype
+            self.kv = k.new_empty((2, B, n_head, self.room, head_size), dtype=dtype)
         start, self.length = self.length, self.length + k.size(2)
         self.kv[0, :, :, start : self.length] = k
         self.kv[1, :, :, start : self.length] = v
@@ -349,7 +347,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     model.eval()
     block_size = model.config.block_size
     window = unread = idx[:, -block_size:]
-    cache = model.new_cache(len(idx))
+    room = min(block_size, window.size(1) + max_new_tokens)
+    cache = model.new_cache(room)
     try:
         for _ in range(max_new_tokens):
             logits, _ = model(unread, cache=cache)
@@ -359,7 +358,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             if window.size(1) == block_size:
                 window = window[:, block_size - block_size // 2 + 1 :]
                 window = unread = torch.cat([window, unread], dim=1)
-                cache = model.new_cache(len(idx))
+                cache = model.new_cache(room)
             else:
                 window = torch.cat([window, unread], dim=1)
     finally:
@@ -413,9 +412,6 @@ class Bigram(LanguageModel):
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """As `GPT.forward`; there is nothing to cache."""
         return logits_and_loss(idx, self.table, targets, loss_only)
-
-    def flops_per_token(self):
-        return 0  # the table is looked up, not multiplied
 
 
 @torch.no_grad()

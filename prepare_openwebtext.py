@@ -227,7 +227,7 @@ def download(url, path, progress):
             if got < size:
                 raise OSError('it ended early')
             return os.replace(f'{path}.part', path)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, TypeError, http.client.HTTPException) as error:  # no length, say
             trouble = str(getattr(error, 'reason', error)) or type(error).__name__
         progress.say(f'{name}: {trouble}; trying again in {wait} s')
         time.sleep(wait)

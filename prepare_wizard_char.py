@@ -39,7 +39,7 @@ def main(argv):
     check_name(cfg.dataset)
     source = cfg.input or URL
     try:
-        path = cfg.input or fetch(cfg.dataset, URL, lambda data: data.count(b'Dorothy') > 100)
+        path = cfg.input or fetch(cfg.dataset, URL, lambda data: b'*** END OF TH' in data)
     except console.UserError as error:
         print(f'{error}; until then, the retelling that comes with ozGPT')
         source, path = 'data/oz_retold.txt', RETOLD

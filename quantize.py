@@ -15,93 +15,72 @@ from torch.nn import functional as F
 from console import UserError
 
 
-class Int8Matrix(nn.Module):
-    """A quantized weight, rows * scale: `rows` (out, in) in int8, `scale` (out,).
+class Int8(nn.Module):
+    """nn.Linear, nn.Embedding, or both in one where they share a weight, stored as rows * scale.
 
-    By itself it is an nn.Embedding, which may share its weight with the head's Int8Linear.
+    `rows` is (out, in) in int8, `scale` is (out,).
     """
 
-    def __init__(self, weight, dtype):
+    def __init__(self, weight, bias=None):
         super().__init__()
         scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
         self.register_buffer('rows', (weight.float() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer('scale', scale.to(dtype))
-
-    def forward(self, idx):
-        """(B, T) ids to (B, T, in)."""
-        return self.rows[idx] * self.scale[idx, None]
-
-
-class Int8Linear(nn.Module):
-    """nn.Linear over an Int8Matrix."""
-
-    def __init__(self, matrix, bias):
-        super().__init__()
-        self.matrix, self.bias = matrix, bias
+        self.register_buffer('scale', scale.to(weight.dtype))
+        self.bias = bias
 
     def forward(self, x):
-        """(..., in) to (..., out), in the dtype of x."""
-        rows, scale = self.matrix.rows, self.matrix.scale
+        """Ids (B, T) to (B, T, in), as an embedding; else (..., in) to (..., out), linear."""
+        if not x.is_floating_point():
+            return self.rows[x] * self.scale[x, None]
         flat = x.reshape(-1, x.size(-1))
         fits = x.dtype == torch.bfloat16 and x.device.type in ('cpu', 'cuda')
-        if fits and flat.size(0) <= 4 and flat.size(1) % 32 == 0:  # it reads whole blocks of 32
-            # Reads the int8 rows as they are, which is what takes the time for a few tokens; from
-            # some 8 tokens on a product in bf16 is faster, even if the rows are converted first.
-            y = torch._weight_int8pack_mm(flat.contiguous(), rows, scale).view(*x.shape[:-1], -1)
+        if fits and flat.size(0) <= 16 and flat.size(1) % 32 == 0:  # it reads whole blocks of 32
+            # Reads the int8 rows as they are, which is what takes the time for a few tokens; for
+            # many, a product in bf16 is faster, even if the rows are converted first.
+            y = torch._weight_int8pack_mm(flat.contiguous(), self.rows, self.scale)
+            y = y.view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
-        return F.linear(x, rows.to(x.dtype) * scale[:, None], self.bias)
-
-
-def layers(model, kind):
-    """Every layer of a type: the module that it is in, its name there, and itself."""
-    return [(module, name, child) for module in model.modules()
-            for name, child in module.named_children() if isinstance(child, kind)]
-
-
-def quantize_int8(model):
-    """Replace all matrices of a model by 8-bit ones, in place; returns it, or raises UserError."""
-    if not model.blocks:
-        raise UserError(f'a {type(model).__name__} has no matrices: leave out --quantize')
-    matrices = {}  # by the weight, since the embedding may share the head's
-    for module, name, layer in layers(model, (nn.Linear, nn.Embedding)):
-        if name == 'wpe':  # the positions are few weights
-            continue
-        new = Int8Matrix(layer.weight, layer.weight.dtype)
-        matrix = matrices.setdefault(layer.weight, new)
-        is_linear = isinstance(layer, nn.Linear)
-        setattr(module, name, Int8Linear(matrix, layer.bias) if is_linear else matrix)
-    return model
+        return F.linear(x, self.rows.to(x.dtype) * self.scale[:, None], self.bias)
 
 
 class PackedLinear(nn.Module):
     """nn.Linear with its weight in the order that oneDNN's bf16 product on a CPU reads.
 
     nn.Linear rearranges its weight at every call, which takes longer than the product for a few
-    tokens. A GELU is applied to what comes out, which saves a pass over it.
+    tokens.
     """
 
-    def __init__(self, linear, gelu=None):
+    def __init__(self, weight, bias):
         super().__init__()
-        self.then = ('gelu', [], gelu.approximate) if gelu else ('none', [], '')
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), bias
 
     def forward(self, x):
         """(..., in) to (..., out), both bf16."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+def replace_layers(model, kinds, make):
+    """Put `make(weight, bias)` in the place of every layer of these kinds; one for each weight."""
+    made = {}
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, kinds):
+                if layer.weight not in made:
+                    made[layer.weight] = make(layer.weight, getattr(layer, 'bias', None))
+                setattr(module, name, made[layer.weight])
+    return model
+
+
+def quantize_int8(model):
+    """Replace all matrices of a model by 8-bit ones, in place; returns it."""
+    return replace_layers(model, (nn.Linear, nn.Embedding), Int8)
 
 
 def pack_linears(model):
     """Replace every nn.Linear by a PackedLinear, in place, if torch and the processor can."""
     onednn = torch.ops.mkldnn
-    if not hasattr(onednn, '_linear_pointwise') or not onednn._is_mkldnn_bf16_supported():
-        return
-    for module, name, layer in layers(model, nn.Linear):
-        gelu = getattr(module, 'gelu', None) if name == 'c_fc' else None
-        fits = isinstance(gelu, nn.GELU)
-        setattr(module, name, PackedLinear(layer, gelu if fits else None))
-        if fits:
-            module.gelu = nn.Identity()
+    if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
+        replace_layers(model, nn.Linear, PackedLinear)
 
 
 def ready(model, device, dtype, quantize='', compiled=False):

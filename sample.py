@@ -7,6 +7,7 @@
 The samples are written side by side; the first one is shown as it comes.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 
@@ -68,17 +69,24 @@ def read_prompt(start):
 class Text:
     """One text that grows token by token, up to the stop string if there is one."""
 
-    def __init__(self, prompt, decode, stop):
+    def __init__(self, prompt, ids, decode, stop):
         self.text, self.decode, self.stop = prompt, decode, stop
+        self.last, self.waiting = ids, []  # the ids that `text` ends with, and those not in it yet
         self.start, self.shown, self.done = len(prompt), 0, False
 
     def add(self, token):
         """Take one more id."""
-        if not self.done:
-            self.text += self.decode(token)
-            end = self.text.find(self.stop, self.start) if self.stop else -1
-            if end >= 0:
-                self.text, self.done = self.text[:end], True
+        if self.done:
+            return
+        # A token may lose its space at the beginning of a text, so the last ones come before it.
+        self.waiting.append(token)
+        new = self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
+        if new.endswith('\ufffd'):  # a part of a character: its rest is to come
+            return
+        self.text, self.last, self.waiting = self.text + new, self.waiting, []
+        end = self.text.find(self.stop, self.start) if self.stop else -1
+        if end >= 0:
+            self.text, self.done = self.text[:end], True
 
     def new(self, final=False):
         """What has come since the last call; what may begin the stop string has to wait."""
@@ -92,7 +100,10 @@ def print_samples(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
     device, dtype = runtime.settle(cfg)
     runtime.tune(device)
-    model, tokenizer = load_model(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)
+    path = cfg.init_from
+    if path == 'resume':  # a missing folder must not pass for a name on Hugging Face's hub
+        path = cfg.out_dir if os.path.exists(cfg.out_dir) else f'{cfg.out_dir}/ckpt.pt'
+    model, tokenizer = load_model(path)
     ready(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
@@ -103,7 +114,7 @@ def print_samples(cfg, prompt):
               file=sys.stderr)
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    texts = [Text(prompt, tokenizer.decoder(), cfg.stop) for _ in range(cfg.num_samples)]
+    texts = [Text(prompt, ids, tokenizer.decode, cfg.stop) for _ in range(cfg.num_samples)]
     for tokens in stream(
         model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
         tokenizer.vocab_size,

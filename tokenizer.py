@@ -4,12 +4,10 @@
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 
-`decoder()` gives a function from one id after the other to the text to print. `eot` is the id that
-ends a text, or None. `tokenizer_from(state())` is the same tokenizer: meta.json and checkpoints
-have the state.
+`eot` is the id that ends a text, or None. `tokenizer_from(state())` is the same tokenizer:
+meta.json and checkpoints have the state.
 """
 
-import codecs
 import hashlib
 import json
 import os
@@ -39,13 +37,10 @@ class CharTokenizer:
         except KeyError as unknown:
             char, = unknown.args
             raise UserError(f'the character {char!r} at position {text.index(char)} is not among '
-                            f'those that the model knows: {self.chars!r}') from None
+                            f'those that the model knows: {self.chars[:200]!r}') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
-
-    def decoder(self):
-        return lambda i: self.chars[i]
 
     def state(self):
         return {'type': 'char', 'vocab_size': self.vocab_size, 'chars': self.chars}
@@ -82,10 +77,6 @@ class GPT2Tokenizer:
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids])
 
-    def decoder(self):
-        utf8 = codecs.getincrementaldecoder('utf-8')('replace')  # waits for whole characters
-        return lambda i: utf8.decode(self.bpe.decode_single_token_bytes(i))
-
     def state(self):
         return {'type': 'gpt2', 'vocab_size': self.vocab_size}
 
@@ -113,22 +104,6 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids):
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def decoder(self):
-        # Some tokens lose their space at the beginning of a text, so we begin after a letter.
-        # (The library's own DecodeStream fails at bytes that are no character.)
-        shown, new = self.encode('a').tolist(), []
-
-        def step(i):
-            nonlocal shown, new
-            new.append(i)
-            text = self.decode(shown + new).removeprefix(self.decode(shown))
-            if text.endswith('\ufffd'):  # a part of a character
-                return ''
-            shown, new = new, []
-            return text
-
-        return step
 
     def state(self):
         return dict(type='huggingface', vocab_size=self.vocab_size, json=self.json, eot=self.eot)

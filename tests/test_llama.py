@@ -40,7 +40,7 @@ def ids(*shape):
 def test_cached_logits_equal_uncached(changes):
     model, idx = make(**changes), ids(3, 32)
     whole, _ = model(idx, idx)
-    cache, start = model.new_cache(3), 0
+    cache, start = model.new_cache(32), 0
     for end in (5, 6, 7, 20, 32):
         logits, _ = model(idx[:, start:end], cache=cache)
         assert torch.allclose(logits[:, 0], whole[:, end - 1], atol=1e-4)

@@ -54,7 +54,7 @@ def test_a_long_prompt_keeps_its_end_and_says_so(trained, capsys):
 
 
 def test_text_stops_before_the_stop_string():
-    text = sample.Text('>', lambda i: 'abcSTOPdef'[i], 'STOP')
+    text = sample.Text('>', [], lambda ids: ''.join('abcSTOPdef'[i] for i in ids), 'STOP')
     shown = ''
     for i in range(10):
         text.add(i)
@@ -64,7 +64,7 @@ def test_text_stops_before_the_stop_string():
 
 
 def test_what_only_looks_like_a_stop_string_is_shown():
-    text = sample.Text('', lambda i: 'abSTabSTO'[i], 'STOP')
+    text = sample.Text('', [], lambda ids: ''.join('abSTabSTO'[i] for i in ids), 'STOP')
     shown = ''
     for i in range(9):
         text.add(i)
@@ -116,3 +116,9 @@ def test_a_prompt_that_is_no_utf8(trained):
 
 def test_gpt2_state_needs_no_download():
     assert GPT2Tokenizer().state() == {'type': 'gpt2', 'vocab_size': 50257}
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(folder):
+    for out_dir in ('runs/typo', 'gpt2'):
+        with pytest.raises(UserError, match=f'no checkpoint {out_dir}/ckpt.pt'):
+            sample.main([f'--out_dir={out_dir}', '--device=cpu'])
