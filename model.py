@@ -165,7 +165,7 @@ class LanguageModel(nn.Module):
             self.init_parameter(name, p)
 
     def init_parameter(self, name, p):
-        """GPT-2's initialization: N(0, 0.02) matrices, zero biases, LayerNorms of gain 1.
+        """GPT-2's initialization: N(0, 0.02) matrices, zero biases, norms of gain 1.
 
         Each block adds twice to the residual stream, so the 2 n_layer projections that do start
         smaller by sqrt(2 n_layer), and the stream's variance doesn't grow with depth.

@@ -175,8 +175,11 @@ def test_the_split_depends_on_the_text_alone(bpe, folder):
 # The script, but its process group gets a signal when progress.json was written some times.
 KILLED = """
 import os
+import signal
 import prepare_openwebtext as owt
 import console
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 class Output(owt.Output):
     left, number = map(int, os.environ['AFTER_AND_SIGNAL'].split())
