@@ -56,11 +56,14 @@ def override(config, argv, usage=''):
 def run_file(path):
     """What an override file assigns; it is looked for here, then beside the scripts."""
     found = path if os.path.exists(path) else os.path.join(os.path.dirname(__file__), path)
+    if not os.path.isfile(found):
+        raise UsageError(f'{path} is no config file: see the folder config/; flags look like '
+                         '--key=value')
     try:
         names = runpy.run_path(found)
     except Exception as error:
         raise UsageError(f'config file {path} fails ({type(error).__name__}: {error}): '
-                         'flags look like --key=value') from None
+                         'mend it, it must be plain assignments') from None
     return {name: value for name, value in names.items()
             if not name.startswith('_') and not isinstance(value, ModuleType)}
 

@@ -91,8 +91,11 @@ def locked(folder):
     The lock ends with the process, however that ends. A new folder that stays empty is removed.
     """
     is_new, handle = not os.path.isdir(folder), None
-    with user_errors():
+    try:
         os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the folder {folder} ({error.strerror}): choose '
+                        'another') from None
     if not os.access(folder, os.W_OK):
         raise UserError(f'cannot write into {folder}: choose another folder')
     try:

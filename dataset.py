@@ -155,6 +155,7 @@ class Dataset:
     """The splits of data/<name>, and the tokenizer that made them."""
 
     def __init__(self, name, ranks):
+        check_name(name)
         folder = os.path.join('data', name)
         # Rank 0 first; then the first of each machine that doesn't share its disk.
         for is_first in (ranks.is_main, ranks.local_rank == 0):

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import http.client
 import os
+import sys
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def fetch(dataset, url, looks_right):
             if not looks_right(data):
                 raise OSError('the answer is another text')
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f'cannot fetch {url} ({getattr(error, "reason", error)}): give a copy '
-                            'of it with --input=FILE') from None
+            raise UserError(f'cannot fetch {url} ({getattr(error, "reason", error)}): give '
+                            f'a copy of it, python {sys.argv[0]} --input=FILE') from None
         with atomic_file(path) as file:
             file.write(data)
     return path

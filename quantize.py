@@ -23,8 +23,8 @@ class Int8(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-        self.register_buffer('rows', (weight.float() / scale[:, None]).round().to(torch.int8))
+        scale = weight.abs().amax(dim=1).float().clamp(min=1e-12) / 127
+        self.register_buffer('rows', (weight / scale[:, None]).round_().to(torch.int8))
         self.register_buffer('scale', scale.to(weight.dtype))
         self.bias = bias
 

@@ -4,7 +4,7 @@
     python sample.py --out_dir=out-wizard-char --start=FILE:a.txt --num_samples=1 --temperature=0.5
     echo "The Lion" | python sample.py --out_dir=out-wizard-char --start=-
 
-The samples are written side by side; the first one is shown as it comes.
+The samples are generated together; the first one is shown as it comes.
 """
 
 import os
@@ -57,7 +57,8 @@ def read_prompt(start):
             with open(source, 'rb') as file:
                 data = file.read()
         except OSError as error:
-            raise UserError(f'cannot read the prompt {source} ({error.strerror})') from None
+            raise UserError(f'cannot read the prompt {source} ({error.strerror}): give another '
+                            'with --start=FILE:PATH') from None
     else:
         return start.replace('\\n', '\n')  # a shell passes \n as two characters
     try:

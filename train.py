@@ -236,6 +236,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         cfg, config, weights, checkpoint = starting_point(asked, data.tokenizer, ranks)
         raw = runtime.build(MODELS[cfg.model][0], config, weights, device, cfg.shard, cfg.seed)
         optimizers = make_optimizers(raw, cfg)
+        # Small gradients would be 0 in float16: they are scaled up for the time of backward.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         start, best_val_loss, log_end, former_end = 0, math.inf, None, None
         if checkpoint:
@@ -245,10 +246,12 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             former_end = checkpoint['config'].get('max_iters')  # its last row is not in the log
             progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
                          f'goes on from {learning_rate(cfg, start):.3g}')
-            overridden = [f'{name}={value}' for name, value in vars(cfg).items()
-                          if getattr(asked, name) not in (None, value)]
-            if overridden:
-                progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
+        # A resumed run should be asked for as before; for new ones, a default is no wish.
+        default = {} if checkpoint else vars(TrainConfig())
+        overridden = [f'{name}={value}' for name, value in vars(cfg).items()
+                      if getattr(asked, name) not in (None, value, default.get(name))]
+        if overridden:
+            progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
     del checkpoint, weights  # a second copy of everything
 
     if cfg.eval_only:

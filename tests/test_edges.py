@@ -916,3 +916,12 @@ def test_weights_that_do_not_fit_are_not_resumed(tiny, error_of):
     torch.save(checkpoint, 'out/ckpt.pt')
     error = error_of(train.main, *flags(**RUN | dict(init_from='resume', max_iters=3)))
     assert 'the weights do not fit' in error and error.count('\n') == 1
+
+
+def test_a_shape_that_was_asked_for_in_vain_is_told(tiny, capsys):
+    run(max_iters=1)
+    capsys.readouterr()
+    run(init_from='out', out_dir='tuned', max_iters=1, n_layer=5)
+    assert 'not as asked for: n_layer=2\n' in capsys.readouterr().out
+    run(init_from='out', out_dir='again', max_iters=1)
+    assert 'not as asked for' not in capsys.readouterr().out
