@@ -925,3 +925,14 @@ def test_a_shape_that_was_asked_for_in_vain_is_told(tiny, capsys):
     assert 'not as asked for: n_layer=2\n' in capsys.readouterr().out
     run(init_from='out', out_dir='again', max_iters=1)
     assert 'not as asked for' not in capsys.readouterr().out
+
+
+def test_a_nanogpt_checkpoint_is_not_resumed_on_another_alphabet(tiny, error_of):
+    run(max_iters=1)
+    state = torch.load('out/ckpt.pt', weights_only=True)
+    del state['tokenizer']
+    torch.save(state, 'out/ckpt.pt')
+    prepare_text.prepare('fewer letters than before, but others: ß\n' * 50, 'other')
+    error = error_of(train.main, *flags(**RUN | dict(dataset='other', init_from='resume')))
+    assert 'other tokens' in error and '--init_from=out/ckpt.pt' in error
+    run(init_from='resume', max_iters=2)

@@ -179,3 +179,14 @@ def test_numbers_drawn_are_the_same_for_the_same_seed(folder):
     ours, theirs = (runtime.build(GPT, config, None, torch.device('cpu'), False, 5)
                     for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+def test_a_compiled_model_is_told_when_gradients_travel():
+    class Sharded(torch.nn.Linear):
+        def set_requires_gradient_sync(self, sync):
+            self.sync = sync
+
+    model = Sharded(1, 1)
+    for sync in (False, True):
+        runtime.sync_gradients(torch.compile(model), sync)
+        assert model.sync is sync
