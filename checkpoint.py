@@ -140,9 +140,12 @@ def from_pretrained(name, dropout=0.0):
     return (GPT if is_gpt2 else Llama).from_pretrained(name, dropout)
 
 
-def load_model(path):
-    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face."""
-    if is_pretrained(path):
+def load_model(path, hub=False):
+    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face.
+
+    hub: whether a `path` that is not there may be a name on Hugging Face's hub.
+    """
+    if (hub or os.path.exists(path)) and is_pretrained(path):
         return from_pretrained(path), tokenizer_of(path)
     checkpoint = load_checkpoint(path)
     cls, config = class_and_config(checkpoint)
@@ -243,7 +246,10 @@ def restore(optimizers, scaler, checkpoint):
             moments = {i: {name: value if name == 'step' else like(value, params[i])
                            for name, value in state.items()}
                        for i, state in saved['state'].items()}
-            optimizer.load_state_dict(optimizer.state_dict() | {'state': moments})
+            settings = optimizer.state_dict()['param_groups']
+            groups = [own | {'params': theirs['params']}
+                      for own, theirs in zip(settings, saved['param_groups'], strict=True)]
+            optimizer.load_state_dict({'state': moments, 'param_groups': groups})
         if checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:

@@ -214,20 +214,17 @@ class Llama(LanguageModel):
     hugging_face_types = ('llama', 'qwen3')
     hugging_face_settings = dict(
         hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
-        rope_scaling=False,
+        rope_scaling=False, rope_type='default',
     )
 
     @staticmethod
     def hugging_face_config(theirs, dropout):
         """As `GPT.hugging_face_config`."""
-        rope = theirs.get('rope_parameters') or theirs  # transformers 5, and before
-        if rope.get('rope_type', 'default') != 'default':
-            raise ValueError(f"it has rope_type={rope['rope_type']!r}: it must be 'default'")
         return LlamaConfig(
             block_size=theirs['max_position_embeddings'], vocab_size=theirs['vocab_size'],
             n_layer=theirs['num_hidden_layers'], n_head=theirs['num_attention_heads'],
             n_embd=theirs['hidden_size'], n_kv_head=theirs['num_key_value_heads'],
             qk_norm=theirs['model_type'] == 'qwen3', head_size=theirs.get('head_dim'),
-            dropout=dropout, n_hidden=theirs['intermediate_size'], rope_theta=rope['rope_theta'],
+            dropout=dropout, n_hidden=theirs['intermediate_size'], rope_theta=theirs['rope_theta'],
             norm_eps=theirs['rms_norm_eps'], tied=theirs['tie_word_embeddings'],
         )

@@ -206,11 +206,10 @@ class LanguageModel(nn.Module):
         2022 (PaLM), arXiv:2204.02311, appendix B. Embeddings are only looked up.
         """
         c = self.config
-        weights = {p for module in self.modules() if isinstance(module, nn.Linear)
-                   for p in module.parameters()}
+        weights = sum(p.numel() for module in self.modules() if isinstance(module, nn.Linear)
+                      for p in module.parameters())
         width = c.n_head * getattr(c, 'head_size', c.n_embd // c.n_head)
-        return (6 * sum(p.numel() for p in weights)
-                + 12 * len(self.blocks) * width * c.block_size)
+        return 6 * weights + 12 * len(self.blocks) * width * c.block_size
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
         """Append `max_new_tokens` to every row of `idx`: (B, T) int64 to (B, T + max_new_tokens).
@@ -423,6 +422,8 @@ def read_pretrained(cls, name, dropout):
     if kind not in cls.hugging_face_types:
         raise ValueError(f'{name} has model_type={kind!r}: it must be gpt2, llama or qwen3')
     theirs = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    # transformers 5 keeps rotary settings in a dict of their own, before it they stood here.
+    theirs = {'rope_type': 'default'} | theirs | (theirs.get('rope_parameters') or {})
     for key, value in cls.hugging_face_settings.items():
         if (theirs.get(key) or False) != value:
             raise ValueError(f'{name} has {key}={theirs.get(key)!r}: it must be {value!r}')

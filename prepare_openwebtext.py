@@ -220,6 +220,8 @@ def download(url, path, progress):
                 request = urllib.request.Request(url, headers={'Range': f'bytes={got}-'})
                 with opener.open(request, timeout=30) as response:
                     got = file.truncate(got if response.status == 206 else 0)  # 200: all of it
+                    if not response.headers['Content-Length']:
+                        raise OSError('the answer does not tell its length')
                     size = got + int(response.headers['Content-Length'])
                     while data := response.read(1 << 20):
                         got += file.write(data)
@@ -227,7 +229,7 @@ def download(url, path, progress):
             if got < size:
                 raise OSError('it ended early')
             return os.replace(f'{path}.part', path)
-        except (OSError, TypeError, http.client.HTTPException) as error:  # no length, say
+        except (OSError, http.client.HTTPException) as error:
             trouble = str(getattr(error, 'reason', error)) or type(error).__name__
         progress.say(f'{name}: {trouble}; trying again in {wait} s')
         time.sleep(wait)

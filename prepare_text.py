@@ -14,6 +14,7 @@ import glob
 import hashlib
 import http.client
 import os
+import shlex
 import sys
 import urllib.request
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def fetch(dataset, url, looks_right):
                 raise OSError('the answer is another text')
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f'cannot fetch {url} ({getattr(error, "reason", error)}): give '
-                            f'a copy of it, python {sys.argv[0]} --input=FILE') from None
+                            f'a copy of it, python {shlex.join(sys.argv)} --input=FILE') from None
         with atomic_file(path) as file:
             file.write(data)
     return path

@@ -33,8 +33,8 @@ class Int8(nn.Module):
         if not x.is_floating_point():
             return self.rows[x] * self.scale[x, None]
         flat = x.reshape(-1, x.size(-1))
-        fits = x.dtype == torch.bfloat16 and x.device.type in ('cpu', 'cuda')
-        if fits and flat.size(0) <= 16 and flat.size(1) % 32 == 0:  # it reads whole blocks of 32
+        few = {'cpu': 16, 'cuda': 4}.get(x.device.type, 0) if x.dtype == torch.bfloat16 else 0
+        if flat.size(0) <= few and flat.size(1) % 32 == 0:  # it reads whole blocks of 32
             # Reads the int8 rows as they are, which is what takes the time for a few tokens; for
             # many, a product in bf16 is faster, even if the rows are converted first.
             y = torch._weight_int8pack_mm(flat.contiguous(), self.rows, self.scale)

@@ -7,7 +7,6 @@
 The samples are generated together; the first one is shown as it comes.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 
@@ -101,10 +100,10 @@ def print_samples(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
     device, dtype = runtime.settle(cfg)
     runtime.tune(device)
-    path = cfg.init_from
-    if path == 'resume':  # a missing folder must not pass for a name on Hugging Face's hub
-        path = cfg.out_dir if os.path.exists(cfg.out_dir) else f'{cfg.out_dir}/ckpt.pt'
-    model, tokenizer = load_model(path)
+    if cfg.init_from == 'resume':
+        model, tokenizer = load_model(cfg.out_dir)
+    else:
+        model, tokenizer = load_model(cfg.init_from, hub=True)
     ready(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)

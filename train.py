@@ -273,6 +273,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     update_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     epoch_tokens = data.splits['train'].tokens
     peak_flops = runtime.peak_flops(device, dtype, cfg.peak_tflops) * ranks.world_size
+    flops_per_token = raw.flops_per_token()
     progress.say(
         f'data/{cfg.dataset} ({data.source}): {epoch_tokens:,} train tokens; {cfg.model} of '
         f'{raw.num_params():,} parameters, {update_tokens:,} tokens an update; {device} in '
@@ -390,7 +391,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         updates += 1
         seconds = (time.perf_counter() - since) / updates
         speed = update_tokens / seconds
-        mfu = speed * raw.flops_per_token() / peak_flops if peak_flops else None
+        mfu = speed * flops_per_token / peak_flops if peak_flops else None
         status = f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms'
         if it - start >= 5:  # the first updates take longer than those to come
             to_come = (cfg.max_iters - 1) // cfg.eval_interval - it // cfg.eval_interval + 1

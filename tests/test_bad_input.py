@@ -162,7 +162,8 @@ TABLE = {
         tiny(gradient_accumulation_steps=1), ['steps=1', '4 processes', '4 can'],
         environment(WORLD_SIZE='4', RANK='1', LOCAL_RANK='1')),
     'out_dir is a file': (tiny(out_dir='f'), ['folder f ', 'choose another'], put('f', 'x'), REAL),
-    'out_dir below a file': (tiny(out_dir='f/out'), ['folder f/out ', 'choose another'], put('f', 'x')),
+    'out_dir below a file': (
+        tiny(out_dir='f/out'), ['folder f/out ', 'choose another'], put('f', 'x')),
     # datasets
     'no dataset': (tiny(dataset='none'), ['data/none', 'prepare_text.py'], nothing),
     'prepare fails': (tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'by hand'],

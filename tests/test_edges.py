@@ -123,6 +123,18 @@ def wrong_square_of_the_same_size(checkpoint):
     state['exp_avg_sq'] = state['exp_avg_sq'].T.contiguous()
 
 
+def fewer_parameters(checkpoint):
+    checkpoint['optimizer']['param_groups'].pop()
+
+
+def groups_of_another_type(checkpoint):
+    checkpoint['optimizer']['param_groups'] = 'none'
+
+
+def no_groups(checkpoint):
+    del checkpoint['optimizer']['param_groups']
+
+
 def state_of_another_type(checkpoint):
     checkpoint['optimizer']['state'] = [1, 2]
 
@@ -149,8 +161,9 @@ def log_of_another_type(checkpoint):
 
 @pytest.mark.parametrize('spoil', [
     wrong_moments, moments_of_one_number, no_count_of_steps, wrong_square_of_the_same_size,
-    state_of_another_type, optimizer_of_another_type, config_of_another_type,
-    iteration_of_another_type, best_loss_of_another_type, log_of_another_type,
+    fewer_parameters, groups_of_another_type, no_groups, state_of_another_type,
+    optimizer_of_another_type, config_of_another_type, iteration_of_another_type,
+    best_loss_of_another_type, log_of_another_type,
 ], ids=lambda function: function.__name__)
 def test_a_malformed_checkpoint_is_not_resumed(tiny, error_of, spoil):
     """There is no update left to make, which might write where it must not."""

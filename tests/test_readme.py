@@ -35,7 +35,8 @@ MADE = ('out', 'data/', 'ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'meta.', 'm
         'train.bin', 'val.bin', 'test.bin', 'prompt.txt', 'wizard-hf', 'config.json',
         'model.safetensors')
 OZ = 'python train.py config/train_wizard_char.py '  # what the READMEs define `oz` as
-NANOGPT = {'configure_optimizers', 'crop_block_size', 'estimate_mfu', 'get_num_params'}  # which ours doesn't have
+# What ours doesn't have.
+NANOGPT = {'configure_optimizers', 'crop_block_size', 'estimate_mfu', 'get_num_params'}
 BLOCK = r'^ *```\w*\n(.*?)^ *```'  # of code; some stand within a list
 FIGURE = r'\d+[.,]\d+|\{\{\w+\}\}'  # or the key of one that is still to be measured
 

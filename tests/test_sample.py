@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY, script
 
+import export_hf
 import sample
 import train
 from checkpoint import load_model
@@ -120,5 +121,6 @@ def test_gpt2_state_needs_no_download():
 
 def test_a_missing_folder_is_not_looked_for_on_the_hub(folder):
     for out_dir in ('runs/typo', 'gpt2'):
-        with pytest.raises(UserError, match=f'no checkpoint {out_dir}/ckpt.pt'):
-            sample.main([f'--out_dir={out_dir}', '--device=cpu'])
+        for script, *more in ((sample, '--device=cpu'), (export_hf, '--to=hf')):
+            with pytest.raises(UserError, match=f'no checkpoint {out_dir}: '):
+                script.main([f'--out_dir={out_dir}', *more])
