@@ -19,8 +19,6 @@ from textwrap import shorten
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import plot_loss
@@ -229,6 +227,8 @@ def build(cls, config, weights, device, shard=False, seed=0):
             raise ValueError('the weights do not fit the model that comes with them: '
                              + shorten(str(error), 200)) from None
         return model.to(device)
+    from torch.distributed.fsdp import fully_shard  # here, since it takes a second to import
+
     for module in (*model.blocks, model):
         fully_shard(module)
     torch.__future__.set_swap_module_params_on_conversion(True)  # so that shared weights stay one
@@ -249,7 +249,9 @@ def like(tensor, p):
     """`tensor`, from rank 0, where and as the weight `p` is: on its device, sharded as it is."""
     if tensor.shape != p.shape:
         raise ValueError(f'{tuple(tensor.shape)} in the place of {tuple(p.shape)}')
-    if isinstance(p, DTensor):
+    if hasattr(p, 'placements'):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
     return tensor.to(p.device).contiguous()
 
@@ -263,7 +265,7 @@ def whole(value):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, list):
         return [whole(item) for item in value]
-    if not isinstance(value, DTensor):
+    if not hasattr(value, 'full_tensor'):
         return value
     full = value.full_tensor()
     return full.cpu() if dist.get_rank() == 0 or not full.dim() else None

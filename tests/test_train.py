@@ -78,8 +78,8 @@ def test_the_wizards_config_learns_portuguese(folder, capsys):
     (_, _, before), (_, _, after) = steps(out)
     assert before > 4 and after < 3.2
     assert '  | Não' in out
-    sampled = script('sample.py', '--start=Você não está só: ação', '--max_new_tokens=20')
-    assert sampled.stdout.startswith('Você não está só: ação'), sampled.stderr
+    sample.main(['--start=Você não está só: ação', '--max_new_tokens=20'])
+    assert capsys.readouterr().out.startswith('Você não está só: ação')
 
 
 def test_best_is_really_the_best(tiny, capsys):
@@ -289,8 +289,9 @@ def test_a_nanogpt_checkpoint_is_resumed_and_sampled(tiny, capsys):
         group['fused'] = None  # as theirs is on a CPU
     os.remove('out/best.pt')
     torch.save(theirs, 'out/ckpt.pt')
-    assert script('sample.py', '--max_new_tokens=5', '--start=T').returncode == 0
     capsys.readouterr()
+    sample.main(['--max_new_tokens=5', '--start=T'])
+    assert capsys.readouterr().out.startswith('T')
     train.train(TrainConfig(**TINY | dict(max_iters=8, init_from='resume')))
     assert [it for it, *_ in steps(capsys.readouterr().out)] == [6, 8]
 
