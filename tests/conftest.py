@@ -72,16 +72,25 @@ def script(name, *args, processes=1, input=None, env=None, timeout=120):
     return result
 
 
+def forked(work):
+    """Call `work` in a process of its own, forked, since torch is loaded here: its exit code."""
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    process.join(60)
+    process.kill()
+    return process.exitcode
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
 
-def train_together(cfg, processes=2):
+def train_together(cfg, processes=2, exit_codes=None):
     """Train in several processes without torchrun: forked, since torch is loaded here already.
 
-    They are told that each machine has two of them.
+    They are told that each machine has two of them. All must end with 0, or as `exit_codes` say.
     """
     import train
 
@@ -98,7 +107,7 @@ def train_together(cfg, processes=2):
     for rank in ranks:
         rank.join(60)
         rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0] * processes
+    assert [rank.exitcode for rank in ranks] == (exit_codes or [0] * processes)
 
 
 def validation_loss(model, cfg):

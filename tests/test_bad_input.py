@@ -173,7 +173,7 @@ TABLE = {
                   put('data/tiny/val.bin', b'abc')),
     'empty split': (tiny(), ['data/tiny/val.bin', '0 bytes'], put('data/tiny/val.bin', b'')),
     'split shorter than the context': (tiny(block_size=3000),
-                                       ['val.bin', '2000', 'block_size=3000'], nothing, REAL),
+                                       ['val.bin', '2000', 'block_size=3000'], nothing),
     'text shorter than the context': (tiny(block_size=20000),
                                       ['train.bin', '16000', '20000'], nothing),
     'id beyond the vocabulary': (tiny(), ['train.bin', '999', 'position 1234', '63'],
@@ -246,7 +246,7 @@ TABLE = {
     'empty text': (['prepare_text.py', 't.txt', '--dataset=x'], ['0 characters', 'take more'],
                    put('t.txt', ''), REAL),
     'text too short to split': (['prepare_text.py', 't.txt', '--dataset=x'],
-                                ['1 characters', 'train'], put('t.txt', 'a')),
+                                ['1 characters', 'train'], put('t.txt', 'a'), REAL),
     'text that is not UTF-8': (
         ['prepare_text.py', 't.txt', '--dataset=x'],
         ['t.txt', 'byte 0xe9', 'offset 3', 'iconv'], put('t.txt', b'caf\xe9'), REAL),

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STORY, TINY, flags, script
+from conftest import ROOT, STORY, TINY, flags, train_together
 from torch.nn import functional as F
 
 import bench
@@ -326,35 +326,30 @@ def test_always_save_checkpoint(tiny, always, kept):
     assert load_checkpoint('out/best.pt')['iter_num'] == 6
 
 
-def test_all_ranks_wait_for_the_save_at_a_stop(tiny):
-    (tiny / 'slow.py').write_text(f'''
-import os, signal, sys, time
-sys.path.insert(0, {ROOT!r})
-import console, train
-rank, save, learning_rate = os.environ['RANK'], train.save, train.learning_rate
+def test_all_ranks_wait_for_the_save_at_a_stop(tiny, monkeypatch):
+    save, learning_rate, training_run = train.save, train.learning_rate, train.training_run
 
-def slow_save(path, state):
-    time.sleep(1.5)
-    save(path, state)
+    def slow_save(path, state):
+        time.sleep(1.5)
+        save(path, state)
 
-def rate(cfg, it):
-    if it == 2 and rank == '0':
-        os.kill(os.getpid(), signal.SIGTERM)
-    return learning_rate(cfg, it)
+    def rate(cfg, it):
+        if it == 2 and os.environ['RANK'] == '0':
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(cfg, it)
 
-train.save, train.learning_rate = slow_save, rate
-try:
-    console.run(train.main)
-except SystemExit:
-    if rank == '1':
-        with open('seen', 'a') as file:
-            file.write(f"saved at {{train.torch.load('out/ckpt.pt')['iter_num']}}, ")
-    raise
-''')
-    result = script(str(tiny / 'slow.py'), *flags(**RUN | dict(eval_interval=100, max_iters=100)),
-                    processes=2)
-    assert (tiny / 'seen').read_text().startswith('saved at 3,'), result.stderr
-    assert load_checkpoint('out/ckpt.pt')['iter_num'] == 3
+    def run(*args):
+        try:
+            training_run(*args)
+        except SystemExit:
+            (tiny / os.environ['RANK']).write_text(str(load_checkpoint('out/ckpt.pt')['iter_num']))
+            raise
+
+    for name, function in ('save', slow_save), ('learning_rate', rate), ('training_run', run):
+        monkeypatch.setattr(train, name, function)
+    train_together(TrainConfig(**RUN | dict(eval_interval=100, max_iters=100)),
+                   exit_codes=[128 + signal.SIGTERM] * 2)
+    assert [(tiny / rank).read_text() for rank in '01'] == ['3', '3']
 
 
 # --- datasets

@@ -121,6 +121,6 @@ def test_gpt2_state_needs_no_download():
 
 def test_a_missing_folder_is_not_looked_for_on_the_hub(folder):
     for out_dir in ('runs/typo', 'gpt2'):
-        for script, *more in ((sample, '--device=cpu'), (export_hf, '--to=hf')):
+        for module, *more in ((sample, '--device=cpu'), (export_hf, '--to=hf')):
             with pytest.raises(UserError, match=f'no checkpoint {out_dir}: '):
-                script.main([f'--out_dir={out_dir}', *more])
+                module.main([f'--out_dir={out_dir}', *more])
