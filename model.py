@@ -272,8 +272,7 @@ class GPT(LanguageModel):
     hugging_face_types = ('gpt2',)
     hugging_face_settings = dict(  # with others, it would compute something else
         tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-    )
+        scale_attn_by_inverse_layer_idx=False)
 
     @staticmethod
     def hugging_face_config(theirs, dropout):
@@ -282,8 +281,7 @@ class GPT(LanguageModel):
         return GPTConfig(
             block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'],
             n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=theirs['n_embd'],
-            dropout=dropout, gelu={'gelu_new': 'tanh', 'gelu': 'erf'}.get(activation, activation),
-        )
+            dropout=dropout, gelu={'gelu_new': 'tanh', 'gelu': 'erf'}.get(activation, activation))
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):

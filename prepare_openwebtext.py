@@ -30,6 +30,7 @@ import tarfile
 import threading
 import time
 import urllib.request
+import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def tokenize(name, task, val_fraction):
             figures['repaired'] += '\ufffd' in text and text.encode() != document
             text = re.sub('\n\n\n+', '\n\n', text).strip()
             tokens = [TOKENIZER.encode(text), END]  # text keeps its UTF-8 from now on
-            draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
+            draw = zlib.crc32(text.encode()) / 2**32
             ids['val' if draw < val_fraction else 'train'] += tokens
     return {split: b''.join(arrays) for split, arrays in ids.items()}, figures
 
