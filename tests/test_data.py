@@ -174,6 +174,16 @@ def test_wizard_from_the_web_is_stripped_and_kept(folder, monkeypatch):
     assert sum(meta['tokens'].values()) == 200 * len('“Dorothy’s dog,” she said.\n')
 
 
+def test_a_book_that_came_in_part_is_not_kept(folder, monkeypatch, capsys):
+    monkeypatch.setattr(urllib.request.OpenerDirector, 'open',
+                        lambda self, url, timeout: Answer(BOOK[:3000].encode()))
+    prepare_wizard_char.main([])
+    assert 'another text' in capsys.readouterr().out
+    made = contents('data/wizard_char')
+    assert 'input.txt' not in made and json.loads(made['meta.json'])['source'] == (
+        'data/oz_retold.txt')
+
+
 def test_the_story_that_ships_is_whole():
     import lzma
 

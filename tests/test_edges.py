@@ -788,11 +788,12 @@ def test_the_time_left_has_the_evaluations_to_come(tiny, monkeypatch, capsys, ma
     assert {it: told[it][1] for it in left} == left
 
 
-def test_an_untrained_model_is_not_evaluated(tiny, error_of):
+def test_an_untrained_model_is_not_evaluated(tiny, error_of, monkeypatch):
     error = error_of(train.main, *flags(**RUN), '--eval_only')
     assert 'eval_only' in error and '--init_from' in error
     run(max_iters=1)
-    assert run(init_from='out', eval_only=True) is None
+    monkeypatch.setattr(torch, 'compile', None)  # there is nothing to compile for
+    assert run(init_from='out', eval_only=True, compile=True) is None
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc')
@@ -813,6 +814,21 @@ def test_a_busy_machine_is_told(tiny, monkeypatch, capsys):
         run(max_iters=1, eval_iters=1)
         told.append(re.findall(r'OMP_NUM_THREADS=\S+', capsys.readouterr().out))
     assert told == [['OMP_NUM_THREADS=1'], [], [], [], ['OMP_NUM_THREADS=1']]
+
+
+def test_a_machine_that_hides_its_load_is_not_busy(monkeypatch):
+    def hidden(*args, **kwargs):
+        raise PermissionError
+
+    monkeypatch.setattr(runtime, 'open', hidden, raising=False)
+    assert runtime.tune(torch.device('cpu')) == ''
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tiny, monkeypatch, error_of):
+    os.makedirs('out')
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != 'out' or mode != os.W_OK)
+    monkeypatch.setattr(train, 'training_run', None)
+    assert 'cannot write into out' in error_of(train.main, *flags(**RUN))
 
 
 @pytest.mark.parametrize('micro_batches, batch_size, world_size, words', [

@@ -501,6 +501,15 @@ def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeyp
         os.remove('data/web/val.bin')
 
 
+def test_a_server_that_tells_no_length(bpe, folder, monkeypatch):
+    web = Web(monkeypatch, published(make_documents(), monkeypatch))
+    monkeypatch.setattr(Answer, 'headers', property(lambda self: {'Content-Length': None},
+                                                    lambda self, value: None), raising=False)
+    with pytest.raises(UserError, match='does not tell its length'):
+        prepare()
+    assert len(web.asked) == 7
+
+
 def test_a_download_leads_to_https_only():
     request = urllib.request.Request(owt.URL)
     with pytest.raises(UserError, match='not HTTPS'):
