@@ -4,9 +4,9 @@
 # heads and 3,000 updates it is 1.470 over the whole split, in more than twice the time.
 # Tried, over the whole split. In about this time: 3 layers of 128, 1.514; 5 of 80 with 2 heads,
 # 1.510; learning_rate=1.5e-2, 1.508; muon_momentum=0.9, 1.497; muon_weight_decay=0.2, 1.501. With
-# 2,450 updates 1.495, with muon_weight_decay=0.05 besides 1.502. In more time, muon_lr=0.03: context
-# 128 and 2 layers of 160, 1.526, of 128 with dropout 0.1, 1.566, or weight decay 0.4, 1.539;
-# context 256 and 2 layers of 160, 1.511; 3 of 128, 1.498; 4 of 96, 1.491; 6 of 96, 1.494.
+# 2,450 updates 1.495, with muon_weight_decay=0.05 besides 1.502. In more time, muon_lr=0.03:
+# context 128 and 2 layers of 160, 1.526, of 128 with dropout 0.1, 1.566, or weight decay 0.4,
+# 1.539; context 256 and 2 layers of 160, 1.511; 3 of 128, 1.498; 4 of 96, 1.491; 6 of 96, 1.494.
 
 out_dir = 'out-shakespeare-llama'
 dataset = 'shakespeare_char'
