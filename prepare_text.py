@@ -73,7 +73,7 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
     parts = {'train': text[:val_start], 'val': text[val_start:test_start]}
     if test_fraction:
         parts['test'] = text[test_start:]
-    if not all(parts.values()):
+    if min(map(len, parts.values())) < 2:
         raise UserError(f'{len(text)} characters are too few for {", ".join(parts)}: take more')
     encoder = CharTokenizer(text) if tokenizer == 'char' else tokenizer_of(tokenizer)
     if encoder.vocab_size > 65536:
@@ -125,7 +125,8 @@ def main(argv):
     inputs = [arg for arg in argv if not arg.startswith('-')]
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     if not inputs or not cfg.dataset:
-        raise UsageError('which text? python prepare_text.py my.txt --dataset=my_text')
+        raise UsageError('which text and which dataset? python prepare_text.py my.txt '
+                         '--dataset=my_text')
     names = [os.path.basename(os.path.abspath(path)) for path in inputs]  # folder/ has one too
     prepare(read_text(inputs), **vars(cfg), source=' '.join(names))
 

@@ -1,6 +1,6 @@
 # Tiny Shakespeare by characters, with nanoGPT's hyperparameters: its "baby GPT", for a GPU.
 # Its loss is not measured here yet (nanoGPT reports 1.47 in 3 minutes on an A100); on two CPU
-# cores at 9,000 tokens/s it would take two and a half hours without dropout, and longer with it.
+# cores at 4,000 to 9,000 tokens/s it would take six to two and a half hours, longer with dropout.
 # For a CPU there are train_shakespeare_char_quick.py and train_shakespeare_char_cpu.py.
 
 out_dir = 'out-shakespeare-char'

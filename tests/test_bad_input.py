@@ -247,6 +247,8 @@ TABLE = {
                    put('t.txt', ''), REAL),
     'text too short to split': (['prepare_text.py', 't.txt', '--dataset=x'],
                                 ['1 characters', 'train'], put('t.txt', 'a'), REAL),
+    'split of one character': (['prepare_text.py', 't.txt', '--dataset=x'],
+                               ['6 characters', 'train, val'], put('t.txt', 'abcdef')),
     'text that is not UTF-8': (
         ['prepare_text.py', 't.txt', '--dataset=x'],
         ['t.txt', 'byte 0xe9', 'offset 3', 'iconv'], put('t.txt', b'caf\xe9'), REAL),
