@@ -249,7 +249,7 @@ def like(tensor, p):
     """`tensor`, from rank 0, where and as the weight `p` is: on its device, sharded as it is."""
     if tensor.shape != p.shape:
         raise ValueError(f'{tuple(tensor.shape)} in the place of {tuple(p.shape)}')
-    if hasattr(p, 'placements'):  # a DTensor
+    if hasattr(p, 'full_tensor'):  # a DTensor, whose type takes long to import
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)

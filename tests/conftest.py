@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+import console
 import prepare_text
 from console import Progress
 
@@ -72,15 +73,6 @@ def script(name, *args, processes=1, input=None, env=None, timeout=120):
     return result
 
 
-def forked(work):
-    """Call `work` in a process of its own, forked, since torch is loaded here: its exit code."""
-    process = multiprocessing.get_context('fork').Process(target=work)
-    process.start()
-    process.join(60)
-    process.kill()
-    return process.exitcode
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -98,7 +90,7 @@ def train_together(cfg, processes=2, exit_codes=None):
         os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank % 2),
                        'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
                        'MASTER_PORT': str(port)}
-        train.train(cfg)
+        console.run(lambda argv: train.train(cfg) and None)  # errors are as a script shows them
 
     context, port = multiprocessing.get_context('fork'), free_port()
     ranks = [context.Process(target=work, args=(rank, port)) for rank in range(processes)]

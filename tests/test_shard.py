@@ -126,7 +126,7 @@ def test_a_rank_that_fails_ends_all_with_its_reason(tiny, monkeypatch, capfd):
 
     monkeypatch.setattr(dataset.Split, 'batch', failing)
     train_together(TrainConfig(**RUN | dict(shard=True)), exit_codes=[1, 1])
-    assert 'rank 1 lost its disk: mend it' in capfd.readouterr().err
+    assert 'error: rank 1 lost its disk: mend it\n' in capfd.readouterr().err
 
 
 def test_a_killed_rank_loses_nothing_that_was_saved(tiny, monkeypatch):
