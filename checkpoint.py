@@ -18,7 +18,7 @@ import torch
 from console import UserError, atomic_file
 from dataset import read_meta
 from llama import Llama, LlamaConfig
-from model import GPT, MODEL_SIZES, Bigram, GPTConfig
+from model import GPT, MODEL_SIZES, Bigram, GPTConfig, LanguageModel
 from runtime import build, like
 from tokenizer import tokenizer_from, tokenizer_of
 
@@ -132,21 +132,13 @@ def is_pretrained(name):
     return bool(on_the_hub) or (name in MODEL_SIZES and name.startswith('gpt2'))
 
 
-def from_pretrained(name, dropout=0.0):
-    """The GPT or Llama of that name. Raises as `GPT.from_pretrained`."""
-    from transformers import PretrainedConfig
-
-    is_gpt2 = PretrainedConfig.get_config_dict(name)[0].get('model_type') == 'gpt2'
-    return (GPT if is_gpt2 else Llama).from_pretrained(name, dropout)
-
-
 def load_model(path, hub=False):
     """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face.
 
     hub: whether a `path` that is not there may be a name on Hugging Face's hub.
     """
     if (hub or os.path.exists(path)) and is_pretrained(path):
-        return from_pretrained(path), tokenizer_of(path)
+        return LanguageModel.from_pretrained(path), tokenizer_of(path)
     checkpoint = load_checkpoint(path)
     cls, config = class_and_config(checkpoint)
     model = build(cls, config, checkpoint['model'], torch.device('cpu'))
@@ -175,7 +167,7 @@ def starting_point(cfg, tokenizer, ranks):
         config = config_cls(**shape | {'vocab_size': vocab_size})
     elif is_pretrained(cfg.init_from):
         refuse_other_tokens(cfg.init_from, tokenizer_of(cfg.init_from).state(), state)
-        model = None if from_rank_0 else from_pretrained(cfg.init_from, cfg.dropout)
+        model = None if from_rank_0 else LanguageModel.from_pretrained(cfg.init_from, cfg.dropout)
         cls, config = ranks.from_main(model and (type(model), model.config))
         weights = model and model.state_dict()
     else:

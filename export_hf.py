@@ -5,26 +5,117 @@
 
 A GPT becomes a `gpt2`, a Llama a `llama`, or a `qwen3` if it has norms on queries and keys. What
 runs these from such folders runs this one: transformers and its server, vLLM and others.
+`read_pretrained` takes such folders back, and theirs.
 """
 
 import json
 import os
 import tempfile
 from dataclasses import dataclass
+from textwrap import shorten
+
+import torch
 
 import console
-from checkpoint import load_model
+from checkpoint import MODELS, load_model
 from configurator import override
 from console import UsageError, UserError
 from llama import Llama
-from model import GPT
+from model import GPT, LanguageModel
 from tokenizer import CharTokenizer, HuggingFaceTokenizer
+
+# What config.json calls the settings of our configs ...
+GPT2_NAMES = dict(
+    block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
+    n_embd='n_embd', gelu='activation_function',
+)
+LLAMA_NAMES = dict(
+    block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
+    n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size',
+    head_size='head_dim', n_hidden='intermediate_size', norm_eps='rms_norm_eps',
+    rope_theta='rope_theta', tied='tie_word_embeddings',
+)
+GELUS = {'gelu_new': 'tanh', 'gelu': 'erf'}
+# ... and what else it must say, since with another value the model would compute something else.
+GPT2_ONLY = dict(
+    tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+)
+LLAMA_ONLY = dict(
+    hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
+    rope_scaling=False, rope_type='default',
+)
+FORMS = {  # by model_type
+    'gpt2': ('gpt', GPT2_NAMES, GPT2_ONLY),
+    'llama': ('llama', LLAMA_NAMES, LLAMA_ONLY),
+    'qwen3': ('llama', LLAMA_NAMES, LLAMA_ONLY),
+}
 
 
 @dataclass
 class ExportConfig:
     out_dir: str = 'out'  # the folder that train.py wrote, or a checkpoint
     to: str = ''  # the folder to make
+
+
+def hugging_face_weights(model):
+    """Views of a model's weights by Hugging Face's names, in its form: to copy from or into."""
+    weights, c = model.state_dict(), model.config
+    if isinstance(model, GPT):  # there, these matrices are transposed: (in, out)
+        transposed = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
+        return {name: weight.t() if name.endswith(transposed) else weight
+                for name, weight in weights.items()}
+    joint = {  # there, our joint matrices are several, of so many rows
+        'qkv_proj': {'q_proj': c.n_head * c.head_size, 'k_proj': c.n_kv_head * c.head_size,
+                     'v_proj': c.n_kv_head * c.head_size},
+        'gate_up_proj': {'gate_proj': c.n_hidden, 'up_proj': c.n_hidden},
+    }
+    for name in list(weights):
+        for ours, theirs in joint.items():
+            if ours in name:
+                rows = weights.pop(name).split(list(theirs.values()))
+                weights |= {name.replace(ours, part): w for part, w in zip(theirs, rows)}
+    return weights
+
+
+@torch.no_grad()
+def read_pretrained(name, dropout=0.0, cls=LanguageModel):
+    """The GPT or Llama in a folder, or of a name on Hugging Face; no code that it has is run.
+
+    Raises ImportError without the package transformers, ValueError for another architecture or
+    one that is no `cls`, OSError when the weights can't be had.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+    kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
+    if kind not in FORMS or not issubclass(MODELS[FORMS[kind][0]][0], cls):
+        raise ValueError(f'{name} has model_type={kind!r}: it must be gpt2, llama or qwen3')
+    ours, names, only = FORMS[kind]
+    theirs = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    # transformers 5 keeps rotary settings in a dict of their own, before it they stood here.
+    theirs = {'rope_type': 'default'} | theirs | (theirs.get('rope_parameters') or {})
+    for key, value in only.items():
+        if (theirs.get(key) or False) != value:
+            raise ValueError(f'{name} has {key}={theirs.get(key)!r}: it must be {value!r}')
+    settings = {setting: theirs.get(key) for setting, key in names.items()}
+    if kind == 'gpt2':
+        settings['gelu'] = GELUS.get(settings['gelu'], settings['gelu'])
+    else:
+        settings['qk_norm'] = kind == 'qwen3'
+    model_class, config_class = MODELS[ours]
+    model = model_class(config_class(**settings, dropout=dropout))
+    try:
+        weights = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False).state_dict()
+    except RuntimeError as error:
+        raise ValueError(f'the weights of {name} do not fit its config.json: '
+                         + shorten(str(error), 100)) from None
+    for key, weight in hugging_face_weights(model).items():
+        if weight.shape != weights[key].shape:
+            raise ValueError(f'{key} is {tuple(weights[key].shape)}, which is another '
+                             f'architecture: it must be {tuple(weight.shape)}')
+        weight.copy_(weights[key])
+    return model
 
 
 def hugging_face_tokenizer(tokenizer):
@@ -55,31 +146,25 @@ def hugging_face_tokenizer(tokenizer):
 
 def export(model, tokenizer, folder):
     """Write the folder. Raises UserError for a model without such a form, ImportError."""
-    if not isinstance(model, (GPT, Llama)):
+    c, eot = model.config, tokenizer.eot
+    if isinstance(model, GPT):
+        kind = 'gpt2'
+    elif isinstance(model, Llama):
+        kind = 'qwen3' if c.qk_norm else 'llama'
+    else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     import transformers
 
-    # Padding of the vocabulary is left out.
-    c, eot = model.config, tokenizer.eot
-    common = dict(vocab_size=tokenizer.vocab_size, bos_token_id=eot, eos_token_id=eot)
-    if isinstance(model, GPT):
-        config = transformers.GPT2Config(
-            **common, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
-            n_embd=c.n_embd, activation_function='gelu_new' if c.gelu == 'tanh' else 'gelu',
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        )
-    else:
-        cls = transformers.Qwen3Config if c.qk_norm else transformers.LlamaConfig
-        config = cls(
-            **common, max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd,
-            head_dim=c.head_size, intermediate_size=c.n_hidden, rms_norm_eps=c.norm_eps,
-            rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
-            tie_word_embeddings=c.tied,
-        )
+    settings = {key: getattr(c, setting) for setting, key in FORMS[kind][1].items()}
+    if kind == 'gpt2':
+        settings |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
+        settings['activation_function'] = {v: k for k, v in GELUS.items()}[c.gelu]
+    settings['vocab_size'] = tokenizer.vocab_size  # without padding
+    config = transformers.AutoConfig.for_model(
+        kind, **settings, bos_token_id=eot, eos_token_id=eot)
     theirs = transformers.AutoModelForCausalLM.from_config(config)
     weights = theirs.state_dict()  # biases that our model doesn't have are zero there
-    for name, weight in model.hugging_face_weights().items():
+    for name, weight in hugging_face_weights(model).items():
         weights[name].copy_(weight[: len(weights[name])])
     theirs.save_pretrained(folder)
     fast = hugging_face_tokenizer(tokenizer)

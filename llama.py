@@ -194,37 +194,3 @@ class Llama(LanguageModel):
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[layer] if cache else None)
         return logits_and_loss(self.model.norm(x), self.lm_head, targets, loss_only)
-
-    def hugging_face_weights(self):
-        """As `GPT.hugging_face_weights`: there, our joint matrices are several."""
-        c = self.config
-        joint = {
-            'qkv_proj': {'q_proj': c.n_head * c.head_size, 'k_proj': c.n_kv_head * c.head_size,
-                         'v_proj': c.n_kv_head * c.head_size},
-            'gate_up_proj': {'gate_proj': c.n_hidden, 'up_proj': c.n_hidden},
-        }
-        weights = self.state_dict()
-        for name in list(weights):
-            for ours, theirs in joint.items():
-                if ours in name:
-                    rows = weights.pop(name).split(list(theirs.values()))
-                    weights |= {name.replace(ours, part): w for part, w in zip(theirs, rows)}
-        return weights
-
-    hugging_face_types = ('llama', 'qwen3')
-    hugging_face_settings = dict(
-        hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
-        rope_scaling=False, rope_type='default',
-    )
-
-    @staticmethod
-    def hugging_face_config(theirs, dropout):
-        """As `GPT.hugging_face_config`."""
-        return LlamaConfig(
-            block_size=theirs['max_position_embeddings'], vocab_size=theirs['vocab_size'],
-            n_layer=theirs['num_hidden_layers'], n_head=theirs['num_attention_heads'],
-            n_embd=theirs['hidden_size'], n_kv_head=theirs['num_key_value_heads'],
-            qk_norm=theirs['model_type'] == 'qwen3', head_size=theirs.get('head_dim'),
-            dropout=dropout, n_hidden=theirs['intermediate_size'], rope_theta=theirs['rope_theta'],
-            norm_eps=theirs['rms_norm_eps'], tied=theirs['tie_word_embeddings'],
-        )

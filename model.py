@@ -13,7 +13,6 @@ Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:17
 
 import math
 from dataclasses import dataclass
-from textwrap import shorten
 
 import torch
 from torch import nn
@@ -188,12 +187,10 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
-        """Weights from Hugging Face: a folder, or a name there, 'gpt2' ... 'gpt2-xl' for GPT-2's.
+        """A model with weights from Hugging Face: see `export_hf.read_pretrained`."""
+        from export_hf import read_pretrained  # here, since it imports this file
 
-        Raises ImportError without the package transformers, ValueError for another architecture,
-        OSError when the weights can't be had.
-        """
-        return read_pretrained(cls, name, dropout)
+        return read_pretrained(name, dropout, cls)
 
     def new_cache(self, room):
         """An empty KVCache for each block, of at most `room` tokens; a Bigram needs none."""
@@ -261,27 +258,6 @@ class GPT(LanguageModel):
             x = block(x, cache[layer] if cache else None)  # (B, T, n_embd)
         x = self.transformer.ln_f(x)
         return logits_and_loss(x, self.lm_head, targets, loss_only)
-
-    def hugging_face_weights(self):
-        """Views of our weights by Hugging Face's names, in its form: to copy from or into."""
-        # There, these matrices are transposed: (in, out).
-        transposed = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
-        return {name: weight.t() if name.endswith(transposed) else weight
-                for name, weight in self.state_dict().items()}
-
-    hugging_face_types = ('gpt2',)
-    hugging_face_settings = dict(  # with others, it would compute something else
-        tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False)
-
-    @staticmethod
-    def hugging_face_config(theirs, dropout):
-        """Our config, from theirs, a dict."""
-        activation = theirs['activation_function']
-        return GPTConfig(
-            block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'],
-            n_layer=theirs['n_layer'], n_head=theirs['n_head'], n_embd=theirs['n_embd'],
-            dropout=dropout, gelu={'gelu_new': 'tanh', 'gelu': 'erf'}.get(activation, activation))
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
@@ -391,7 +367,7 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     return choice if ids is None else ids.gather(-1, choice)
 
 
-# --- the baseline, and weights from Hugging Face
+# --- the baseline
 
 
 class Bigram(LanguageModel):
@@ -409,32 +385,3 @@ class Bigram(LanguageModel):
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """As `GPT.forward`; there is nothing to cache."""
         return logits_and_loss(idx, self.table, targets, loss_only)
-
-
-@torch.no_grad()
-def read_pretrained(cls, name, dropout):
-    """See `LanguageModel.from_pretrained`. No code that comes with the weights is run."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-
-    kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
-    if kind not in cls.hugging_face_types:
-        raise ValueError(f'{name} has model_type={kind!r}: it must be gpt2, llama or qwen3')
-    theirs = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    # transformers 5 keeps rotary settings in a dict of their own, before it they stood here.
-    theirs = {'rope_type': 'default'} | theirs | (theirs.get('rope_parameters') or {})
-    for key, value in cls.hugging_face_settings.items():
-        if (theirs.get(key) or False) != value:
-            raise ValueError(f'{name} has {key}={theirs.get(key)!r}: it must be {value!r}')
-    model = cls(cls.hugging_face_config(theirs, dropout))
-    try:
-        weights = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False).state_dict()
-    except RuntimeError as error:
-        raise ValueError(f'the weights of {name} do not fit its config.json: '
-                         + shorten(str(error), 100)) from None
-    for key, weight in model.hugging_face_weights().items():
-        if weight.shape != weights[key].shape:
-            raise ValueError(f'{key} is {tuple(weights[key].shape)}, which is another '
-                             f'architecture: it must be {tuple(weight.shape)}')
-        weight.copy_(weights[key])
-    return model
