@@ -7,6 +7,7 @@ and values, a norm on queries and keys, and no biases. The whole: Touvron et al.
 arXiv:2307.09288.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -194,3 +195,53 @@ class Llama(LanguageModel):
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[layer] if cache else None)
         return logits_and_loss(self.model.norm(x), self.lm_head, targets, loss_only)
+
+
+# --- the optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices: the running mean of the gradient, made orthogonal, is the update.
+
+    A gradient has a few strong directions and many weak ones. Made orthogonal, all are equally
+    strong, so that rare ones are learnt as well: Jordan et al. 2024, "Muon: an optimizer for
+    hidden layers in neural networks". With weight decay: Liu et al. 2025, arXiv:2502.16982.
+
+    A matrix of more rows than columns is taken in square pieces, so that queries, keys and values,
+    which one matrix makes, are kept apart. Pieces of one shape are multiplied together.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            pieces = defaultdict(list)  # (weights, direction) by shape
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state['momentum_buffer'] = torch.zeros_like(p)
+                mean = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                ahead = p.grad.lerp(mean, group['momentum'])  # Nesterov: one step further
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                for piece, direction in zip(p.split(p.size(1)), ahead.split(p.size(1))):
+                    pieces[piece.shape].append((piece, direction))
+            for same_shape in pieces.values():
+                weights, directions = zip(*same_shape)
+                updates = orthogonal(torch.stack(directions), group['ns_steps'])
+                for piece, update in zip(weights, updates):
+                    piece.sub_(update, alpha=group['lr'])
+
+
+def orthogonal(m, steps):
+    """m (N, rows, columns), rows <= columns, with singular values brought near 1, in bf16.
+
+    Newton-Schulz: products alone turn each singular value s <= 1 into a s + b s^3 + c s^5, `steps`
+    times. Jordan's a, b and c lift small ones fast, and leave them between 0.7 and 1.2 or so.
+    """
+    m = m.bfloat16()
+    m = m / (torch.linalg.matrix_norm(m, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = m @ m.mT  # (N, rows, rows)
+        m = 3.4445 * m + (-4.7750 * gram + 2.0315 * gram @ gram) @ m
+    return m

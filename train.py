@@ -26,6 +26,7 @@ from checkpoint import MODELS, restore, save, set_aside, starting_point
 from configurator import override
 from console import Progress, UsageError, UserError, clock
 from dataset import Dataset, evaluation_batches, training_batches
+from llama import Muon
 from model import MODEL_SIZES
 from runtime import Log, Ranks, StopSignal
 from tokenizer import prompt_ids
@@ -64,6 +65,7 @@ class TrainConfig:
     gelu: str = 'erf'  # the exact GELU; tanh is the form of OpenAI's GPT-2 weights
     n_kv_head: int | None = None  # llama: heads of keys and values; none means n_head
     qk_norm: bool = True  # llama: norms on queries and keys; steadier, and a lower loss
+    tied: bool = True  # llama: one matrix reads tokens and predicts them; not, for few characters
     # optimizer
     optimizer: str = 'adamw'  # adamw; muon for the matrices inside blocks, AdamW for the rest
     muon_lr: float = 0.02  # Muon's peak rate; it follows the same schedule
@@ -135,10 +137,7 @@ def learning_rate(cfg, it):
 def make_optimizers(model, cfg):
     """AdamW for all weights; or Muon for the matrices inside blocks and AdamW for the rest.
 
-    AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101, with weight decay on matrices only. Muon
-    makes the update of a matrix orthogonal, so that all its directions learn equally fast: Jordan
-    et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; with weight decay, Liu
-    et al. 2025, arXiv:2502.16982.
+    AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101, with weight decay on matrices only.
     """
     hidden = []
     if cfg.optimizer == 'muon':
@@ -152,10 +151,9 @@ def make_optimizers(model, cfg):
     )
     if not hidden:
         return [adamw]
-    return [adamw, torch.optim.Muon(
-        hidden, lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_weight_decay,
-        ns_steps=cfg.muon_steps,
-    )]
+    return [adamw, Muon(hidden, dict(
+        lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_weight_decay,
+        ns_steps=cfg.muon_steps))]
 
 
 @torch.no_grad()

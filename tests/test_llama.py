@@ -11,7 +11,7 @@ from test_resume import assert_same_run, stop_at
 import export_hf
 import train
 from checkpoint import load_checkpoint, load_model
-from llama import Llama, LlamaConfig, rotate, rotation
+from llama import Llama, LlamaConfig, Muon, orthogonal, rotate, rotation
 from model import GPT, GPTConfig, stream
 from quantize import quantize_int8
 from tokenizer import CharTokenizer
@@ -113,10 +113,39 @@ def test_muon_takes_the_matrices_inside_blocks(model):
     assert others | inside == {id(p) for p in net.parameters()} and not others & inside
 
 
+def test_orthogonal_brings_singular_values_near_1():
+    m = torch.randn(3, 16, 40) * torch.logspace(0, -1, 16)[:, None]
+    values = torch.linalg.svdvals(orthogonal(m, 5).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+    U, _, Vh = torch.linalg.svd(m, full_matrices=False)
+    assert ((U @ Vh) * orthogonal(m, 5).float()).sum((1, 2)).div(16).min() > 0.8  # no other turn
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch has no Muon to compare with')
+def test_muon_equals_torchs_in_square_pieces():
+    """Where matrices are no taller than wide, ours is torch's; a taller one is several."""
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.2, ns_steps=5)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (24, 8), (8, 8), (8, 20))]
+    theirs = [torch.nn.Parameter(piece.detach().clone())
+              for p in ours for piece in p.split(p.size(1))]
+    muons = Muon(ours, settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(4):
+        for p in ours:
+            p.grad = torch.randn_like(p)
+        pieces = [piece for p in ours for piece in p.grad.split(p.size(1))]
+        for p, grad in zip(theirs, pieces):
+            p.grad = grad.clone()
+        for muon in muons:
+            muon.step()
+    ours = [piece for p in ours for piece in p.split(p.size(1))]
+    assert all(torch.allclose(a, b, atol=0.02) for a, b in zip(ours, theirs))
+    assert torch.stack([(a - b).abs().mean() for a, b in zip(ours, theirs)]).max() < 0.003
+
+
 def test_muon_learns_and_follows_the_schedule(tiny, capsys, monkeypatch):
     rates = []
-    step = torch.optim.Muon.step
-    monkeypatch.setattr(torch.optim.Muon, 'step', lambda self: (
+    step = Muon.step
+    monkeypatch.setattr(Muon, 'step', lambda self: (
         rates.append(self.param_groups[0]['lr']), step(self)))
     train.train(TrainConfig(**RUN | dict(max_iters=40, eval_interval=40)))
     seen = steps(capsys.readouterr().out)
