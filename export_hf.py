@@ -17,11 +17,11 @@ from textwrap import shorten
 import torch
 
 import console
-from checkpoint import MODELS, load_model
+from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError
-from llama import Llama
-from model import GPT, LanguageModel
+from llama import Llama, LlamaConfig
+from model import GPT, GPTConfig, LanguageModel
 from tokenizer import CharTokenizer, HuggingFaceTokenizer
 
 # What config.json calls the settings of our configs ...
@@ -46,9 +46,9 @@ LLAMA_ONLY = dict(
     rope_scaling=False, rope_type='default',
 )
 FORMS = {  # by model_type
-    'gpt2': ('gpt', GPT2_NAMES, GPT2_ONLY),
-    'llama': ('llama', LLAMA_NAMES, LLAMA_ONLY),
-    'qwen3': ('llama', LLAMA_NAMES, LLAMA_ONLY),
+    'gpt2': (GPT, GPTConfig, GPT2_NAMES, GPT2_ONLY),
+    'llama': (Llama, LlamaConfig, LLAMA_NAMES, LLAMA_ONLY),
+    'qwen3': (Llama, LlamaConfig, LLAMA_NAMES, LLAMA_ONLY),
 }
 
 
@@ -87,10 +87,11 @@ def read_pretrained(name, dropout=0.0, cls=LanguageModel):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+    kinds = [kind for kind, form in FORMS.items() if issubclass(form[0], cls)]
     kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
-    if kind not in FORMS or not issubclass(MODELS[FORMS[kind][0]][0], cls):
-        raise ValueError(f'{name} has model_type={kind!r}: it must be gpt2, llama or qwen3')
-    ours, names, only = FORMS[kind]
+    if kind not in kinds:
+        raise ValueError(f'{name} has model_type={kind!r}: it must be {" or ".join(kinds)}')
+    model_class, config_class, names, only = FORMS[kind]
     theirs = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     # transformers 5 keeps rotary settings in a dict of their own, before it they stood here.
     theirs = {'rope_type': 'default'} | theirs | (theirs.get('rope_parameters') or {})
@@ -102,7 +103,6 @@ def read_pretrained(name, dropout=0.0, cls=LanguageModel):
         settings['gelu'] = GELUS.get(settings['gelu'], settings['gelu'])
     else:
         settings['qk_norm'] = kind == 'qwen3'
-    model_class, config_class = MODELS[ours]
     model = model_class(config_class(**settings, dropout=dropout))
     try:
         weights = AutoModelForCausalLM.from_pretrained(
@@ -155,7 +155,7 @@ def export(model, tokenizer, folder):
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     import transformers
 
-    settings = {key: getattr(c, setting) for setting, key in FORMS[kind][1].items()}
+    settings = {key: getattr(c, setting) for setting, key in FORMS[kind][2].items()}
     if kind == 'gpt2':
         settings |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
         settings['activation_function'] = {v: k for k, v in GELUS.items()}[c.gelu]

@@ -216,13 +216,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             pieces = defaultdict(list)  # (weights, direction) by shape
             for p in group['params']:
-                if p.grad is None:
-                    continue
                 state = self.state[p]
                 if not state:
                     state['momentum_buffer'] = torch.zeros_like(p)
                 mean = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
                 ahead = p.grad.lerp(mean, group['momentum'])  # Nesterov: one step further
+                ahead = ahead.bfloat16()  # a direction needs few digits
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 for piece, direction in zip(p.split(p.size(1)), ahead.split(p.size(1))):
                     pieces[piece.shape].append((piece, direction))
@@ -234,12 +233,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(m, steps):
-    """m (N, rows, columns), rows <= columns, with singular values brought near 1, in bf16.
+    """m (N, rows, columns), rows <= columns, with all singular values brought near 1.
 
     Newton-Schulz: products alone turn each singular value s <= 1 into a s + b s^3 + c s^5, `steps`
     times. Jordan's a, b and c lift small ones fast, and leave them between 0.7 and 1.2 or so.
     """
-    m = m.bfloat16()
     m = m / (torch.linalg.matrix_norm(m, keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = m @ m.mT  # (N, rows, rows)

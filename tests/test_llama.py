@@ -115,10 +115,10 @@ def test_muon_takes_the_matrices_inside_blocks(model):
 
 def test_orthogonal_brings_singular_values_near_1():
     m = torch.randn(3, 16, 40) * torch.logspace(0, -1, 16)[:, None]
-    values = torch.linalg.svdvals(orthogonal(m, 5).float())
+    values = torch.linalg.svdvals(orthogonal(m, 5))
     assert values.min() > 0.6 and values.max() < 1.3
     U, _, Vh = torch.linalg.svd(m, full_matrices=False)
-    assert ((U @ Vh) * orthogonal(m, 5).float()).sum((1, 2)).div(16).min() > 0.8  # no other turn
+    assert ((U @ Vh) * orthogonal(m, 5)).sum((1, 2)).div(16).min() > 0.8  # no other turn
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch has no Muon to compare with')
@@ -140,6 +140,17 @@ def test_muon_equals_torchs_in_square_pieces():
     ours = [piece for p in ours for piece in p.split(p.size(1))]
     assert all(torch.allclose(a, b, atol=0.02) for a, b in zip(ours, theirs))
     assert torch.stack([(a - b).abs().mean() for a, b in zip(ours, theirs)]).max() < 0.003
+
+
+def test_a_head_of_its_own(tiny, capsys):
+    run = RUN | dict(tied=False, max_iters=4, eval_interval=2)
+    train.train(TrainConfig(**run | dict(out_dir='whole')))
+    train.train(TrainConfig(**run | dict(max_iters=2, lr_decay_iters=4)))
+    train.train(TrainConfig(**run | dict(init_from='resume', tied=True)))  # its own shape holds
+    assert 'from the checkpoint, not as asked for: tied=False' in capsys.readouterr().out
+    assert_same_run('out', 'whole')
+    weights = load_model('out')[0].state_dict()
+    assert not torch.equal(weights['lm_head.weight'], weights['model.embed_tokens.weight'])
 
 
 def test_muon_learns_and_follows_the_schedule(tiny, capsys, monkeypatch):
@@ -257,6 +268,12 @@ def test_what_it_does_not_do_is_refused_by_name(folder, hf, change, words):
         json.dump(config, file)
     with pytest.raises(ValueError, match=words):
         Llama.from_pretrained('hf')
+
+
+def test_a_gpt_is_not_read_from_a_llamas_folder(folder, hf):
+    theirs(hf, 'llama')
+    with pytest.raises(ValueError, match="model_type='llama': it must be gpt2$"):
+        GPT.from_pretrained('hf')
 
 
 def test_sliding_windows_are_refused(folder, hf):
