@@ -1,23 +1,30 @@
-# Tiny Shakespeare by characters, in 8 to 17 s from a standing start on two CPU cores with bf16,
-# once the dataset is there: a validation loss of 1.870 nats per character.
+# Tiny Shakespeare by characters, in 10 to 13 s from a standing start on two CPU cores with bf16,
+# once the dataset is there: a validation loss of 1.876 nats per character (1.892 over the whole
+# split). The GPT of this shape needs 900 updates and 1.3 times as long for 1.870 (1.878).
 
 out_dir = 'out-shakespeare-quick'
 dataset = 'shakespeare_char'
 
-eval_interval = 300
+eval_interval = 165
 eval_iters = 25
-log_interval = 100
+log_interval = 55
 sample_tokens = 150
 
+model = 'llama'  # a GPT of this shape needs more than twice the updates
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 32  # words are short; half the context is twice the updates
 n_layer = 1  # many quick updates teach more in seconds than a few of a deeper model
 n_head = 4
 n_embd = 128
+tied = False  # 65 characters: a matrix to read and one to predict them cost next to nothing
 
-learning_rate = 6e-3  # small models like it high; at 8e-3 one seed of three goes astray
+optimizer = 'muon'
+muon_lr = 0.03
+muon_momentum = 0.9  # of few updates, none should be remembered for long
+muon_steps = 3  # rougher updates, but more of them in the time
+learning_rate = 3e-2  # AdamW's, for embeddings, head and norms: they have to come far
 min_lr = 0.0
-warmup_iters = 50
-max_iters = 900
+warmup_iters = 10
+max_iters = 330
 beta2 = 0.99  # an update sees few tokens
