@@ -5,7 +5,7 @@
 
 A GPT becomes a `gpt2`, a Llama a `llama`, or a `qwen3` if it has norms on queries and keys. What
 runs these from such folders runs this one: transformers and its server, vLLM and others.
-`read_pretrained` takes such folders back, and theirs.
+`read_pretrained` is the way back, for their models too.
 """
 
 import json

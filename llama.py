@@ -28,7 +28,7 @@ class LlamaConfig(GPTConfig):
     n_hidden: int | None = None  # width inside the MLP; none: as many weights as GPT-2's MLP has
     rope_theta: float = 10000.0  # the slowest rotation takes about 2 pi times so many positions
     norm_eps: float = 1e-5
-    tied: bool = True  # one matrix reads tokens and predicts them, as in GPT-2
+    tied: bool = True  # one matrix reads tokens and predicts them, as in GPT-2; else two
 
     def __post_init__(self):
         super().__post_init__()

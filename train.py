@@ -65,7 +65,7 @@ class TrainConfig:
     gelu: str = 'erf'  # the exact GELU; tanh is the form of OpenAI's GPT-2 weights
     n_kv_head: int | None = None  # llama: heads of keys and values; none means n_head
     qk_norm: bool = True  # llama: norms on queries and keys; steadier, and a lower loss
-    tied: bool = True  # llama: one matrix reads tokens and predicts them; not, for few characters
+    tied: bool = True  # llama: one matrix reads and predicts tokens; false suits small alphabets
     # optimizer
     optimizer: str = 'adamw'  # adamw; muon for the matrices inside blocks, AdamW for the rest
     muon_lr: float = 0.02  # Muon's peak rate; it follows the same schedule
