@@ -105,11 +105,14 @@ def read_pretrained(name, dropout=0.0, cls=LanguageModel):
         settings['qk_norm'] = kind == 'qwen3'
     model = model_class(config_class(**settings, dropout=dropout))
     try:
-        weights = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False).state_dict()
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
     except RuntimeError as error:
         raise ValueError(f'the weights of {name} do not fit its config.json: '
                          + shorten(str(error), 100)) from None
+    if missing := sorted(report['missing_keys']):  # it drew them at random
+        raise ValueError(f'{name} has no {shorten(", ".join(missing), 100)}: get it again')
+    weights = loaded.state_dict()
     for key, weight in hugging_face_weights(model).items():
         if weight.shape != weights[key].shape:
             raise ValueError(f'{key} is {tuple(weights[key].shape)}, which is another '

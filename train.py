@@ -134,7 +134,7 @@ def learning_rate(cfg, it):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizers(model, cfg):
+def make_optimizers(model, cfg, dtype=torch.float32):
     """AdamW for all weights; or Muon for the matrices inside blocks and AdamW for the rest.
 
     AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101, with weight decay on matrices only.
@@ -153,7 +153,7 @@ def make_optimizers(model, cfg):
         return [adamw]
     return [adamw, Muon(hidden, dict(
         lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_weight_decay,
-        ns_steps=cfg.muon_steps))]
+        ns_steps=cfg.muon_steps, bf16=dtype == torch.bfloat16))]
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         asked = cfg
         cfg, config, weights, checkpoint = starting_point(asked, data.tokenizer, ranks)
         raw = runtime.build(MODELS[cfg.model][0], config, weights, device, cfg.shard, cfg.seed)
-        optimizers = make_optimizers(raw, cfg)
+        optimizers = make_optimizers(raw, cfg, dtype)
         # Small gradients would be 0 in float16: they are scaled up for the time of backward.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         start, best_val_loss, log_end, former_end = 0, math.inf, None, None

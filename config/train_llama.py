@@ -1,7 +1,8 @@
 # A Llama of GPT-2's size (124M) on OpenWebText, with Muon: about 0.5 M tokens an update.
 # Made for 8 GPUs: torchrun --standalone --nproc_per_node=8 train.py config/train_llama.py
-# Not run here, so there is no loss to expect yet. Muon's rate and weight decay are those of
-# Jordan et al. 2024 and Liu et al. 2025 (arXiv:2502.16982), the batch is GPT-2's.
+# Not run here, so there is no loss to expect yet. Muon's rate is that of Jordan et al. 2024, its
+# weight decay that of Liu et al. 2025 (arXiv:2502.16982), whose updates were a fifth as large; the
+# batch is GPT-2's.
 
 out_dir = 'out-llama'
 dataset = 'openwebtext'  # first: python prepare_openwebtext.py

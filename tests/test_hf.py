@@ -70,6 +70,14 @@ def test_another_architecture_is_refused(theirs, change):
         GPT.from_pretrained('hf')
 
 
+def test_a_folder_that_lacks_weights_is_refused(theirs):
+    weights = theirs.state_dict()
+    del weights['transformer.h.1.mlp.c_fc.weight']
+    theirs.save_pretrained('hf', state_dict=weights)
+    with pytest.raises(ValueError, match='hf has no transformer.h.1.mlp.c_fc.weight: get it again'):
+        GPT.from_pretrained('hf')
+
+
 def greedy(folder, prompt, new):
     """What transformers writes from a folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

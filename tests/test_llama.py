@@ -128,7 +128,7 @@ def test_muon_equals_torchs_in_square_pieces():
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (24, 8), (8, 8), (8, 20))]
     theirs = [torch.nn.Parameter(piece.detach().clone())
               for p in ours for piece in p.split(p.size(1))]
-    muons = Muon(ours, settings), torch.optim.Muon(theirs, **settings)
+    muons = Muon(ours, settings | dict(bf16=True)), torch.optim.Muon(theirs, **settings)
     for _ in range(4):
         for p in ours:
             p.grad = torch.randn_like(p)
