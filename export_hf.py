@@ -21,7 +21,7 @@ from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError
 from llama import Llama, LlamaConfig
-from model import GPT, GPTConfig, LanguageModel
+from model import GPT, GPTConfig
 from tokenizer import CharTokenizer, HuggingFaceTokenizer
 
 # What config.json calls the settings of our configs ...
@@ -79,11 +79,11 @@ def hugging_face_weights(model):
 
 
 @torch.no_grad()
-def read_pretrained(name, dropout=0.0, cls=LanguageModel):
-    """The GPT or Llama in a folder, or of a name on Hugging Face; no code that it has is run.
+def read_pretrained(cls, name, dropout):
+    """A `cls`, or one of its subclasses, with the weights of a folder or a name on Hugging Face.
 
-    Raises ImportError without the package transformers, ValueError for another architecture or
-    one that is no `cls`, OSError when the weights can't be had.
+    No code that comes with the weights is run. Raises ImportError without the package
+    transformers, ValueError for another architecture, OSError when the weights can't be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -151,17 +151,16 @@ def export(model, tokenizer, folder):
     """Write the folder. Raises UserError for a model without such a form, ImportError."""
     c, eot = model.config, tokenizer.eot
     if isinstance(model, GPT):
-        kind = 'gpt2'
+        kind, names = 'gpt2', GPT2_NAMES
+        own = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
+        own['activation_function'] = {ours: theirs for theirs, ours in GELUS.items()}[c.gelu]
     elif isinstance(model, Llama):
-        kind = 'qwen3' if c.qk_norm else 'llama'
+        kind, names, own = 'qwen3' if c.qk_norm else 'llama', LLAMA_NAMES, {}
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     import transformers
 
-    settings = {key: getattr(c, setting) for setting, key in FORMS[kind][2].items()}
-    if kind == 'gpt2':
-        settings |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
-        settings['activation_function'] = {v: k for k, v in GELUS.items()}[c.gelu]
+    settings = {key: getattr(c, setting) for setting, key in names.items()} | own
     settings['vocab_size'] = tokenizer.vocab_size  # without padding
     config = transformers.AutoConfig.for_model(
         kind, **settings, bos_token_id=eot, eos_token_id=eot)

@@ -234,15 +234,15 @@ class Muon(torch.optim.Optimizer):
                     piece.sub_(update, alpha=group['lr'])
 
 
-def orthogonal(m, steps):
-    """m (N, rows, columns), rows <= columns, with its singular values brought near 1.
+def orthogonal(matrices, steps):
+    """(N, rows, columns), rows <= columns, to the same shape, singular values brought near 1.
 
     Newton-Schulz: products alone turn each singular value s <= 1 into a s + b s^3 + c s^5, `steps`
     times. With Jordan's a, b and c, 5 steps bring those from 0.002 up to between 0.7 and 1.2, 3
     steps those from 0.02 up; smaller ones stay smaller.
     """
-    m = m / (torch.linalg.matrix_norm(m, keepdim=True) + 1e-7)
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)  # all s <= 1
     for _ in range(steps):
-        gram = m @ m.mT  # (N, rows, rows)
-        m = 3.4445 * m + (-4.7750 * gram + 2.0315 * gram @ gram) @ m
-    return m
+        gram = x @ x.mT  # (N, rows, rows)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x

@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
         """A model with weights from Hugging Face: see `export_hf.read_pretrained`."""
         from export_hf import read_pretrained  # here, since it imports this file
 
-        return read_pretrained(name, dropout, cls)
+        return read_pretrained(cls, name, dropout)
 
     def new_cache(self, room):
         """An empty KVCache for each block, of at most `room` tokens; a Bigram needs none."""

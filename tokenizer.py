@@ -92,18 +92,18 @@ class HuggingFaceTokenizer:
             from tokenizers import Tokenizer
         self.json, self.eot = json, eot
         try:
-            self.library = Tokenizer.from_str(json)
+            self.wrapped = Tokenizer.from_str(json)
         except Exception as error:  # the library has no type of its own for it
             raise UserError(f'the tokenizer.json is broken ({error}): get it again') from None
-        self.library.no_truncation()
-        self.library.no_padding()
-        self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
+        self.wrapped.no_truncation()
+        self.wrapped.no_padding()
+        self.vocab_size = max(self.wrapped.get_vocab().values(), default=0) + 1
 
     def encode(self, text):
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=int)
+        return np.array(self.wrapped.encode(text, add_special_tokens=False).ids, dtype=int)
 
     def decode(self, ids):
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.wrapped.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self):
         return dict(type='huggingface', vocab_size=self.vocab_size, json=self.json, eot=self.eot)
@@ -142,11 +142,11 @@ def tokenizer_of(name):
             return GPT2Tokenizer()  # a folder of GPT-2's weights alone
         raise UserError(f'{name} has no tokenizer.json: add the one that transformers saves')
     tokenizer = HuggingFaceTokenizer(texts['tokenizer.json'])
-    vocab = tokenizer.library.get_vocab()
+    vocab = tokenizer.wrapped.get_vocab()
     words = sorted(vocab, key=vocab.get)
     if hashlib.sha256('\n'.join(words).encode()).hexdigest() == GPT2_WORDS:
         return GPT2Tokenizer()
-    if type(tokenizer.library.model).__name__ == 'WordLevel' and words == sorted(''.join(words)):
+    if type(tokenizer.wrapped.model).__name__ == 'WordLevel' and words == sorted(''.join(words)):
         return CharTokenizer(''.join(words))
     token = special.get('eos_token')
     tokenizer.eot = vocab.get(token['content'] if isinstance(token, dict) else token)

@@ -134,7 +134,7 @@ def learning_rate(cfg, it):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizers(model, cfg, dtype=torch.float32):
+def make_optimizers(model, cfg, dtype):
     """AdamW for all weights; or Muon for the matrices inside blocks and AdamW for the rest.
 
     AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101, with weight decay on matrices only.

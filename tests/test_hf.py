@@ -71,10 +71,10 @@ def test_another_architecture_is_refused(theirs, change):
 
 
 def test_a_folder_that_lacks_weights_is_refused(theirs):
-    weights = theirs.state_dict()
-    del weights['transformer.h.1.mlp.c_fc.weight']
+    weights, gone = theirs.state_dict(), 'transformer.h.1.mlp.c_fc.weight'
+    del weights[gone]
     theirs.save_pretrained('hf', state_dict=weights)
-    with pytest.raises(ValueError, match='hf has no transformer.h.1.mlp.c_fc.weight: get it again'):
+    with pytest.raises(ValueError, match=f'hf has no {gone}: get it again'):
         GPT.from_pretrained('hf')
 
 

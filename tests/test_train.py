@@ -126,7 +126,8 @@ def test_learning_rate_rises_and_falls():
 
 def test_weight_decay_is_for_matrices_only():
     model = GPT(GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16))
-    (optimizer,) = train.make_optimizers(model, TrainConfig(weight_decay=0.3, beta2=0.9))
+    (optimizer,) = train.make_optimizers(
+        model, TrainConfig(weight_decay=0.3, beta2=0.9), torch.float32)
     matrices, vectors = optimizer.param_groups
     assert matrices['weight_decay'] == 0.3 and vectors['weight_decay'] == 0
     assert all(p.dim() == 2 for p in matrices['params'])
