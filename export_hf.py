@@ -65,16 +65,10 @@ def hugging_face_weights(model):
         transposed = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
         return {name: weight.t() if name.endswith(transposed) else weight
                 for name, weight in weights.items()}
-    joint = {  # there, our joint matrices are several, of so many rows
-        'qkv_proj': {'q_proj': c.n_head * c.head_size, 'k_proj': c.n_kv_head * c.head_size,
-                     'v_proj': c.n_kv_head * c.head_size},
-        'gate_up_proj': {'gate_proj': c.n_hidden, 'up_proj': c.n_hidden},
-    }
-    for name in list(weights):
-        for ours, theirs in joint.items():
-            if ours in name:
-                rows = weights.pop(name).split(list(theirs.values()))
-                weights |= {name.replace(ours, part): w for part, w in zip(theirs, rows)}
+    parts = {'q_proj': c.n_head, 'k_proj': c.n_kv_head, 'v_proj': c.n_kv_head}  # in heads
+    for name in [name for name in weights if 'qkv_proj' in name]:  # there, it is three matrices
+        rows = weights.pop(name).split([heads * c.head_size for heads in parts.values()])
+        weights |= {name.replace('qkv_proj', part): w for part, w in zip(parts, rows)}
     return weights
 
 

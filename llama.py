@@ -44,24 +44,27 @@ class LlamaConfig(GPTConfig):
 
 
 class Normalize(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) over the last dimension.
+    """x / sqrt(mean(x^2) + eps) * weight, means over the last dimension; computed in float32.
 
     The gradient is written out, since on a CPU torch's own takes about as long as a product.
     """
 
     @staticmethod
-    def forward(ctx, x, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / x.size(-1) + eps).to(x.dtype)
+    def forward(ctx, x, weight, eps):
+        x = x.float()
+        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
         y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
+        ctx.save_for_backward(y, scale, weight)
+        return (y * weight).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
+        y, scale, weight = ctx.saved_tensors
+        grad = grad.float()
+        grad_weight = (grad * y).sum(0).sum_to_size(weight.shape)  # the batch first: faster
+        grad = grad * weight
         along = (grad * y).mean(dim=-1, keepdim=True)  # the part that would change the length
-        return torch.addcmul(grad, y, along, value=-1) * scale, None
+        return grad.addcmul_(y, along, value=-1).mul_(scale), grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -76,26 +79,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normalize.apply(x, self.eps) * self.weight
+        return Normalize.apply(x, self.weight, self.eps)
 
 
 def rotation(positions, head_size, theta):
-    """(cos, sin) for `rotate`, each (T, 1, head_size) float32, from positions (T,).
+    """(cos, sin) for `rotate`, each (T, head_size) float32, from positions (T,).
 
     Pair i of a head's numbers turns by position * theta^(-2 i / head_size), so that the product of
     a query and a key depends on how far apart they are. It replaces GPT-2's learned positions.
     RoFormer: Su et al. 2021, arXiv:2104.09864.
     """
     speed = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
-    angle = positions[:, None, None] * speed  # (T, 1, head_size / 2)
+    angle = positions[:, None] * speed  # (T, head_size / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_size / 2]): (B, T, heads, head_size) to the same shape."""
-    swapped = x.roll(x.size(-1) // 2, dims=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))  # x cos + swapped sin
+    """Turn each pair (x[i], x[i + head_size / 2]): (B, heads, T, head_size) to the same shape."""
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
 class GroupedAttention(nn.Module):
@@ -118,15 +120,16 @@ class GroupedAttention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         c = self.config
-        heads = self.qkv_proj(x).view(B, T, -1, c.head_size)  # of queries, keys, values
-        qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
+        heads = self.qkv_proj(x).view(B, T, -1, c.head_size).transpose(1, 2)
+        qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        # In float32 and contiguous, since norm and rotation are fastest so on a CPU.
+        qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
         if c.qk_norm:
-            scale = torch.cat([self.q_norm.weight.expand(c.n_head, -1),
-                               self.k_norm.weight.expand(c.n_kv_head, -1)])
-            qk = Normalize.apply(qk, c.norm_eps) * scale.to(qk.dtype)
-        qk = rotate(qk, cos, sin).transpose(1, 2)
+            weight = torch.cat([self.q_norm.weight.expand(c.n_head, 1, -1),
+                                self.k_norm.weight.expand(c.n_kv_head, 1, -1)])
+            qk = Normalize.apply(qk, weight, c.norm_eps)
+        qk = rotate(qk, cos, sin).to(v.dtype)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)  # (B, n_head or n_kv_head, T, head_size)
-        v = v.transpose(1, 2)  # (B, n_kv_head, T, head_size)
         if cache is not None:
             k, v = cache.append(k, v)
         if c.n_kv_head < c.n_head:  # each head of keys and values serves a group of queries
@@ -136,19 +139,19 @@ class GroupedAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP in which one half decides how much of the other passes, instead of a GELU.
+    """An MLP in which one projection decides how much of another passes, instead of a GELU.
 
     Shazeer 2020, arXiv:2002.05202.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
         self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaBlock(nn.Module):

@@ -11,7 +11,7 @@ from test_resume import assert_same_run, stop_at
 import export_hf
 import train
 from checkpoint import load_checkpoint, load_model
-from llama import Llama, LlamaConfig, Muon, orthogonal, rotate, rotation
+from llama import Llama, LlamaConfig, Muon, Normalize, orthogonal, rotate, rotation
 from model import GPT, GPTConfig, stream
 from quantize import quantize_int8
 from tokenizer import CharTokenizer
@@ -55,6 +55,18 @@ def test_no_position_sees_a_later_one():
     before, after = model(idx, idx)[0], model(changed, changed)[0]
     assert torch.equal(before[:, :20], after[:, :20])
     assert not torch.allclose(before[:, 31], after[:, 31])
+
+
+@pytest.mark.parametrize('weight_shape', [(16,), (4, 1, 16)])
+def test_the_norm_and_its_gradients_are_torchs(weight_shape):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, 4, 7, 16)
+    x, weight = x.requires_grad_(), torch.randn(weight_shape, requires_grad=True)
+    ours = Normalize.apply(x, weight, 0.1)
+    theirs = torch.nn.functional.rms_norm(x, (16,), eps=0.1) * weight
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs))):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
 
 
 def test_rotation_makes_products_depend_on_the_distance_alone():
