@@ -1,8 +1,9 @@
-# Tiny Shakespeare by characters, by today's architecture and optimizer: a validation loss of 1.460
-# nats per character (1.473 over the whole split), after 209 s on two slow CPU cores with bf16,
+# Tiny Shakespeare by characters, by today's architecture and optimizer: a validation loss of 1.473
+# nats per character (1.485 over the whole split), after 209 s on two slow CPU cores with bf16,
 # where config/train_shakespeare_char_cpu.py got 1.546 (1.550) in 205 s. Chance moves it by a
-# hundredth or two: --seed=7 got 1.494 (whole split) after 1,960 updates, 1.481 after 2,400.
-# Tried, over the whole split, for 2,000 updates, so differences below 0.02 decide little:
+# hundredth or two: with 2,160 updates on one thread it was 1.466 over the whole split, with
+# muon_lr=0.02 there 1.478. Tried before, over the whole split, for 2,000 updates with gate and up
+# as one matrix, so differences below 0.02 decide little:
 # muon_lr=0.02, 1.471, and then learning_rate=2e-2, 1.480, or 6e-3, 1.483. With 6e-3, muon_lr=0.02
 # and exactly q, k, v, gate and up as Muon's pieces, 1.479; that with tied=True, 1.493, with
 # dropout=0.05, 1.495, with muon_lr=0.03, 1.492, with muon_steps=5, 1.481. With 6e-3 and
