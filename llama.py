@@ -44,9 +44,11 @@ class LlamaConfig(GPTConfig):
 
 
 class Normalize(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, means over the last dimension; computed in float32.
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension, in float32.
 
-    The gradient is written out, since on a CPU torch's own takes about as long as a product.
+    x: (B, ..., width); weight: (width,), or more that broadcasts over x without its B. Returns the
+    shape of x in the dtype of weight. The gradient is written out, since on a CPU torch's own
+    takes about as long as a product.
     """
 
     @staticmethod
@@ -61,7 +63,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         y, scale, weight = ctx.saved_tensors
         grad = grad.float()
-        grad_weight = (grad * y).sum(0).sum_to_size(weight.shape)  # the batch first: faster
+        grad_weight = (grad * y).sum(0).sum_to_size(weight.shape)  # B first, which is faster
         grad = grad * weight
         along = (grad * y).mean(dim=-1, keepdim=True)  # the part that would change the length
         return grad.addcmul_(y, along, value=-1).mul_(scale), grad_weight, None
@@ -120,7 +122,8 @@ class GroupedAttention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         c = self.config
-        heads = self.qkv_proj(x).view(B, T, -1, c.head_size).transpose(1, 2)
+        heads = self.qkv_proj(x).view(B, T, -1, c.head_size)  # of queries, keys, values
+        heads = heads.transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_size)
         qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
         # In float32 and contiguous, since norm and rotation are fastest so on a CPU.
         qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
