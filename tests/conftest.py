@@ -1,11 +1,14 @@
 """What the tests share: a folder to work in, a small dataset, the scripts as real processes."""
 
+import contextlib
 import multiprocessing
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -56,8 +59,24 @@ def flags(**settings):
     return [f'--{name}={value}' for name, value in settings.items()]
 
 
-def script(name, *args, processes=1, input=None, env=None, timeout=120):
-    """Run one of the scripts in the current folder as a user would; under torchrun for several."""
+def script(name, *args, processes=1, input='', env=None, timeout=120):
+    """Run one of the scripts in the current folder as a user would; under torchrun for several.
+
+    One process, unless it needs another environment, is forked, since torch is loaded here already.
+    """
+    if processes == 1 and not env:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile('w+', encoding='utf-8'))
+                     for _ in range(3)]
+            files[0].write(input)
+            files[0].seek(0)
+            process = forked(name, args, files)
+            process.join(timeout)
+            process.kill()
+            for file in files:
+                file.seek(0)
+            _, output, errors = (file.read() for file in files)
+        return subprocess.CompletedProcess(args, process.exitcode, output, errors)
     command = [sys.executable]
     if processes > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
@@ -71,6 +90,21 @@ def script(name, *args, processes=1, input=None, env=None, timeout=120):
         if processes == 1 or 'SIGABRT' not in result.stderr:
             break
     return result
+
+
+def forked(name, args, files):
+    """Start a script in a fork of this process, with `files` as its standard ones."""
+    def work():
+        for i, file in enumerate(files):
+            os.dup2(file.fileno(), i)
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(i, mode, encoding='utf-8', closefd=False) for i, mode in enumerate('rww'))
+        sys.argv = [os.path.join(ROOT, name), *args]
+        runpy.run_path(sys.argv[0], run_name='__main__')
+
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    return process
 
 
 def free_port():

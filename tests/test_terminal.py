@@ -3,12 +3,11 @@
 import os
 import pty
 import re
-import subprocess
 import sys
 import termios
 
 import pytest
-from conftest import ROOT, TINY, flags
+from conftest import TINY, flags, forked
 
 import console
 import train
@@ -18,15 +17,15 @@ RUN = TINY | dict(max_iters=60, eval_interval=30, sample_tokens=40)
 CONTROL = r'[\x00-\x09\x0b-\x1f\x7f-\x9f]'  # all but the line feed
 
 
-def in_terminal(*command, columns=80):
-    """Run a Python command on a pseudo-terminal: (exit code, all that it wrote)."""
+def in_terminal(name, *args, columns=80):
+    """Run a script on a pseudo-terminal: (exit code, all that it wrote)."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
-    env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES', 'NO_COLOR')}
-    env |= {'TERM': 'xterm', 'PYTHONPATH': ROOT}
-    process = subprocess.Popen([sys.executable, *command], stdin=follower, stdout=follower,
-                               stderr=follower, env=env, start_new_session=True)
-    os.close(follower)
+    with pytest.MonkeyPatch.context() as patch, open(follower, 'wb', buffering=0) as terminal:
+        for variable in ('COLUMNS', 'LINES', 'NO_COLOR'):
+            patch.delenv(variable, raising=False)
+        patch.setenv('TERM', 'xterm')
+        process = forked(name, args, [terminal] * 3)
     output = b''
     while True:
         try:
@@ -37,7 +36,8 @@ def in_terminal(*command, columns=80):
             break
         output += data
     os.close(leader)
-    return process.wait(timeout=60), output.decode()
+    process.join(60)
+    return process.exitcode, output.decode()
 
 
 def screen(output):
@@ -69,7 +69,7 @@ def test_a_terminal_shows_the_same_and_a_live_line(tiny, capsys):
     train.train(train.TrainConfig(**RUN | dict(out_dir='plain')))
     plain = capsys.readouterr().out
     assert not re.search(CONTROL, plain) and plain.count('\niter ') == RUN['max_iters']
-    code, output = in_terminal(os.path.join(ROOT, 'train.py'), *flags(**RUN), columns=20)
+    code, output = in_terminal('train.py', *flags(**RUN), columns=20)
     assert code == 0
     plain = plain.replace('/plain', '/out').replace('plain/', 'out/').replace('=plain', '=out')
     assert without_times(screen(output)) == without_times(plain.split('\n'))
@@ -179,15 +179,17 @@ def test_a_silent_process_writes_nothing(clock, capsys):
     assert capsys.readouterr().out == ''
 
 
-def test_an_error_gets_a_line_of_its_own():
-    code = ('import console, time\n'
-            'def main(argv):\n'
-            '    progress = console.Progress()\n'
-            '    time.sleep(0.2)\n'
-            '    progress.show(0.5, "half of it")\n'
-            '    raise console.UserError("that was all")\n'
-            'console.run(main)')
-    code, output = in_terminal('-c', code)
+def test_an_error_gets_a_line_of_its_own(folder):
+    (folder / 'fails.py').write_text("""
+import console, time
+def main(argv):
+    progress = console.Progress()
+    time.sleep(0.2)
+    progress.show(0.5, 'half of it')
+    raise console.UserError('that was all')
+console.run(main)
+""")
+    code, output = in_terminal(folder / 'fails.py')
     assert code == 1 and screen(output) == ['━' * 10 + '╌' * 10 + ' half of it',
                                             'error: that was all', '']
 
