@@ -68,9 +68,9 @@ def attention(q, k, v, dropout=0.0):
     """Causal attention: softmax(q k^T / sqrt(head_size) + mask) v.
 
     q: (B, n_head, T, head_size); k, v: (B, n_head, S, head_size), S >= T. The queries belong to
-    the last T of the S positions. Returns the shape of q. Each query scores all keys; the mask
-    hides those after its own position; softmax turns the scores into weights; the result is the
-    weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
+    the last T of the S positions. Returns (B, n_head, T, head_size) in k's dtype. Each query
+    scores all keys; the mask hides those after its own position; softmax turns the scores into
+    weights; the result is the weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
     """
     T, S = q.size(2), k.size(2)
     q = q.to(k.dtype)  # a cache may hold another dtype than the model's
@@ -83,7 +83,7 @@ def attention(q, k, v, dropout=0.0):
         return weights @ v  # (B, n_head, T, head_size)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    mask = None  # the latest token alone may look at everything
+    mask = None  # one token, the latest, may look at everything
     if T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -110,9 +110,9 @@ class Attention(nn.Module):
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, S, head_size)
-        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        y = attention(q, k, v, self.dropout if self.training else 0.0).to(q.dtype)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.resid_dropout(self.c_proj(y.to(x.dtype)))  # from the cache's dtype
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -151,7 +151,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """What all models share; each has its own `forward(idx, targets, cache, loss_only)`."""
 
-    blocks = ()  # which are sharded, quantized, or trained by Muon; a Bigram has none
+    blocks = ()  # each is sharded, has a cache, and is trained by Muon; a Bigram has none
 
     def num_params(self):
         """Number of weights, shared ones counted once."""
@@ -164,10 +164,10 @@ class LanguageModel(nn.Module):
             self.init_parameter(name, p)
 
     def init_parameter(self, name, p):
-        """GPT-2's initialization: N(0, 0.02) matrices, zero biases, norms of gain 1.
+        """GPT-2's initialization: matrices of standard deviation 0.02, biases 0, norms 1.
 
-        Each block adds twice to the residual stream, so the 2 n_layer projections that do start
-        smaller by sqrt(2 n_layer), and the stream's variance doesn't grow with depth.
+        Each block adds twice to the residual stream. The 2 n_layer projections that do start
+        smaller by a factor of sqrt(2 n_layer), so that their sum doesn't depend on n_layer.
         """
         if name.endswith(('c_proj.weight', 'o_proj.weight', 'down_proj.weight')):
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -199,7 +199,7 @@ class LanguageModel(nn.Module):
     def flops_per_token(self):
         """Floating-point operations to train on one token: forward and backward.
 
-        6 for each weight that multiplies and 12 n_layer n_embd T for attention: Chowdhery et al.
+        6 for each parameter of a Linear and 12 n_layer n_embd T for attention: Chowdhery et al.
         2022 (PaLM), arXiv:2204.02311, appendix B. Embeddings are only looked up.
         """
         c = self.config
@@ -261,10 +261,10 @@ class GPT(LanguageModel):
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
-    """What `GPT.forward` returns, from what the head takes: hidden states x (B, T, n_embd)."""
+    """What `GPT.forward` returns. x: what the head takes, (B, T, n_embd), or a Bigram's ids."""
     if targets is None:
         return lm_head(x[:, [-1]]), None
-    plain = isinstance(lm_head, nn.Linear)  # and not quantized
+    plain = isinstance(lm_head, nn.Linear)  # not quantized, nor a Bigram's table
     if loss_only and plain and targets.numel() * lm_head.out_features > MAX_LOGITS:
         # As a rule with GPT-2's vocabulary: the same loss, without all logits in memory at once.
         return None, ChunkedLoss.apply(x.flatten(0, 1), lm_head.weight, targets.flatten())
