@@ -138,22 +138,20 @@ def start_worker():
 class Output:
     """train.bin.part, val.bin.part, and progress.json, which says what is in them.
 
-    `done` counts tokens, documents and more. `place` says how far the input is done: whole files,
-    and tasks of the next file. What a killed run wrote after that is cut off.
+    `done` counts tokens, documents and more, and says how far the input is done: whole files,
+    tasks of the next file, the share of it all. What a killed run wrote after that is cut off.
     """
 
     def __init__(self, folder, begun_with, downloads):
-        self.folder, self.downloads = folder, downloads
-        self.path = os.path.join(folder, 'progress.json')
-        place = dict(files=0, tasks=0, share=0)
-        self.state = {'begun with': begun_with, 'done': {}, 'place': place}
+        self.folder, self.begun_with, self.downloads = folder, begun_with, downloads
+        self.path, self.done = os.path.join(folder, 'progress.json'), Counter()
         if os.path.exists(self.path):
             with open(self.path, encoding='utf-8') as file, reading(self.path):
-                self.state = json.load(file)
-        if self.state['begun with'] != begun_with:
-            raise UserError(f'{self.path} was begun with {self.state["begun with"]}, but now it '
-                            f'is {begun_with}: go back to that, or delete it to begin anew')
-        self.done = self.state['done'] = Counter(self.state['done'])
+                before, done = json.load(file)
+            if before != begun_with:
+                raise UserError(f'{self.path} was begun with {before}, but now it is '
+                                f'{begun_with}: go back to that, or delete it to begin anew')
+            self.done.update(done)
         self.files, self.saved = {}, time.monotonic()
         for split in ('val', 'train'):
             final, size = os.path.join(folder, f'{split}.bin'), 2 * self.done[split]
@@ -171,7 +169,7 @@ class Output:
             file.write(ids[split])
             self.done[split] += len(ids[split]) // 2
         self.done.update(figures)
-        self.state['place'] = place
+        self.done['files'], self.done['tasks'], self.done['share'] = place
         if time.monotonic() - self.saved >= SAVE_SECONDS:
             self.save()
 
@@ -181,15 +179,15 @@ class Output:
             file.flush()
             os.fsync(file.fileno())
         with atomic_file(self.path) as file:
-            file.write(json.dumps(self.state).encode())
+            file.write(json.dumps([self.begun_with, self.done]).encode())
         self.saved = time.monotonic()
-        for path in self.downloads[: self.state['place']['files']]:  # no longer needed
+        for path in self.downloads[: self.done['files']]:  # no longer needed
             if os.path.exists(path):
                 os.remove(path)
 
     def publish(self, source):
         """Give the files their names, train.bin last."""
-        self.state['place']['files'] += 1  # the last one
+        self.done['files'] += 1  # the last one
         self.save()
         digest = hashlib.sha256()
         for split in ('train', 'val'):
@@ -246,14 +244,14 @@ def files_in(path):
 
 
 def results(cfg, pool, ahead, inputs, start, progress):
-    """(future of `tokenize`, its place in the input) for all tasks from the place `start` on."""
+    """(future of `tokenize`, (files, tasks, share) done with it) for all tasks after `start`."""
     pending = deque()
     for i in range(start['files'], len(inputs)):
         if not cfg.input and not os.path.exists(inputs[i]):
             download(URL + os.path.basename(inputs[i]), inputs[i], progress)
         for count, (name, task, share) in enumerate(tasks_in(inputs[i]), 1):
-            if i > start['files'] or count > start['tasks']:
-                place = dict(files=i, tasks=count, share=(i + share) / len(inputs))
+            if (i, count) > (start['files'], start['tasks']):
+                place = i, count, (i + share) / len(inputs)
                 pending.append((pool.submit(tokenize, name, task, cfg.val_fraction), place))
             if len(pending) > ahead:
                 yield pending.popleft()
@@ -274,18 +272,18 @@ def prepare(cfg):
         contextlib.closing(Output(folder, begun_with, [] if cfg.input else inputs)) as output,
         ProcessPoolExecutor(workers, initializer=start_worker) as pool,
     ):
-        done, start, began = output.done, output.state['place'], time.monotonic()
-        bytes_before = done['bytes']
-        if done['documents']:
-            progress.say(f'going on after {done["documents"]:,} documents that are done')
+        done, start, began = output.done, output.done.copy(), time.monotonic()
+        if start['documents']:
+            progress.say(f'going on after {start["documents"]:,} documents that are done')
         try:
             TOKENIZER.bpe  # workers that are forked share it
             for future, place in results(cfg, pool, 4 * workers, inputs, start, progress):
                 output.add(*future.result(), place)
-                share, seconds = place['share'], time.monotonic() - began
+                share, seconds = done['share'], time.monotonic() - began
                 left = clock(seconds * (1 - share) / max(1e-9, share - start['share']))
-                text = f'{share:.1%}, {(done["bytes"] - bytes_before) / 1e6 / seconds:.1f} MB/s'
-                progress.show(share, f'{text}, {left} left, {done["documents"]:,} documents')
+                speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
+                progress.show(share, f'{share:.1%}, {speed:.1f} MB/s, {left} left, '
+                                     f'{done["documents"]:,} documents')
         except BrokenExecutor:
             raise UserError('a worker was killed, perhaps for lack of memory: the same command '
                             'goes on; a lower --num_proc takes less') from None
