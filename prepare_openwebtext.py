@@ -209,14 +209,14 @@ class Output:
                 os.remove(file.name)
 
 
-def download(url, path, progress):
-    """Get a file; path.part, which a broken connection or a kill has left, is gone on with."""
+def download(path, progress):
+    """Get a subset; path.part, which a broken connection or a kill has left, is gone on with."""
     name, opener = os.path.basename(path), urllib.request.build_opener(HttpsOnly)
     for wait in (1, 2, 4, 8, 16, 32, 64):  # seconds before the next try
         try:
             with open(f'{path}.part', 'ab') as file:
                 got = max(0, file.tell() - 1)  # one byte again, since asking for none is an error
-                request = urllib.request.Request(url, headers={'Range': f'bytes={got}-'})
+                request = urllib.request.Request(URL + name, headers={'Range': f'bytes={got}-'})
                 with opener.open(request, timeout=30) as response:
                     got = file.truncate(got if response.status == 206 else 0)  # 200: all of it
                     if not response.headers['Content-Length']:
@@ -232,15 +232,14 @@ def download(url, path, progress):
             trouble = str(getattr(error, 'reason', error)) or type(error).__name__
         progress.say(f'{name}: {trouble}; trying again in {wait} s')
         time.sleep(wait)
-    raise UserError(f'cannot fetch {url} ({trouble}): the same command goes on from here, or give '
-                    'a copy with --input=FOLDER')
+    raise UserError(f'cannot fetch {URL + name} ({trouble}): the same command goes on from here, '
+                    'or give a copy with --input=FOLDER')
 
 
 def files_in(path):
     """The files that we read in a folder and the folders in it, by name; or a file itself."""
-    inside = glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)
-    return sorted(file for file in [path, *inside]
-                  if file.endswith(SUFFIXES) and os.path.isfile(file))
+    found = [path, *glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)]
+    return sorted(file for file in found if file.endswith(SUFFIXES) and os.path.isfile(file))
 
 
 def results(cfg, pool, ahead, inputs, start, progress):
@@ -248,7 +247,7 @@ def results(cfg, pool, ahead, inputs, start, progress):
     pending = deque()
     for i in range(start['files'], len(inputs)):
         if not cfg.input and not os.path.exists(inputs[i]):
-            download(URL + os.path.basename(inputs[i]), inputs[i], progress)
+            download(inputs[i], progress)
         for count, (name, task, share) in enumerate(tasks_in(inputs[i]), 1):
             if (i, count) > (start['files'], start['tasks']):
                 place = i, count, (i + share) / len(inputs)
