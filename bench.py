@@ -25,10 +25,9 @@ import prepare_text
 import runtime
 from configurator import override
 from model import GPT, MODEL_SIZES, GPTConfig
+from prepare_wizard_char import RETOLD
 from quantize import ready
 from train import TrainConfig, train
-
-STORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')
 
 
 @dataclass
@@ -44,7 +43,7 @@ class BenchConfig:
 def bench_training(cfg, ranks, updates, batch_size, tokenizer='char', **settings):
     """tokens/s and MFU as log.csv has them, after the first rows."""
     os.chdir(tempfile.mkdtemp(dir='.'))  # where no other rank prepares the dataset
-    prepare_text.prepare(prepare_text.read_text([STORY]), 'story', tokenizer)
+    prepare_text.prepare(prepare_text.read_text([RETOLD]), 'story', tokenizer)
     train(TrainConfig(
         **settings, batch_size=cfg.batch_size or batch_size, dataset='story', out_dir='../out',
         device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates,
@@ -73,7 +72,7 @@ def bench_sampling(cfg, ranks, prompt=1, new=100, samples=1, quantize='', **shap
 
 def bench_preparing(cfg, ranks, tokenizer, copies):
     """MB of UTF-8 text that become .bin files in a second."""
-    text = prepare_text.read_text([STORY]) * copies
+    text = prepare_text.read_text([RETOLD]) * copies
     began = time.perf_counter()
     prepare_text.prepare(text, 'story', tokenizer)
     return f'{len(text.encode()) / 1e6 / (time.perf_counter() - began):,.1f} MB/s', ''
