@@ -40,7 +40,7 @@ class BenchConfig:
     row: str = ''  # for bench.py itself: measure this row, in this process
 
 
-def bench_training(cfg, ranks, updates, batch_size, tokenizer='char', **settings):
+def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
     """tokens/s and MFU as log.csv has them, after the first rows."""
     os.chdir(tempfile.mkdtemp(dir='.'))  # where no other rank prepares the dataset
     prepare_text.prepare(prepare_text.read_text([RETOLD]), 'story', tokenizer)
@@ -48,7 +48,7 @@ def bench_training(cfg, ranks, updates, batch_size, tokenizer='char', **settings
         **settings, batch_size=cfg.batch_size or batch_size, dataset='story', out_dir='../out',
         device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates,
         eval_interval=updates + 1, eval_iters=1, log_interval=max(1, updates // 20),
-        sample_tokens=0, gradient_accumulation_steps=ranks.world_size,
+        sample_tokens=0, gradient_accumulation_steps=runtime.Ranks.from_environment().world_size,
     ))
     # The last row only evaluates.
     log = np.genfromtxt('../out/log.csv', delimiter=',', names=True)[3:-1]
@@ -56,7 +56,7 @@ def bench_training(cfg, ranks, updates, batch_size, tokenizer='char', **settings
     return f'{speed:,.0f} tok/s', 'n/a' if np.isnan(mfu) else f'{mfu:.1%}'
 
 
-def bench_sampling(cfg, ranks, prompt=1, new=100, samples=1, quantize='', **shape):
+def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
     device, dtype = runtime.settle(cfg)
     runtime.tune(device)
@@ -70,7 +70,7 @@ def bench_sampling(cfg, ranks, prompt=1, new=100, samples=1, quantize='', **shap
     return f'{np.median(speeds[1:]):,.0f} tok/s', ''
 
 
-def bench_preparing(cfg, ranks, tokenizer, copies):
+def bench_preparing(cfg, tokenizer, copies):
     """MB of UTF-8 text that become .bin files in a second."""
     text = prepare_text.read_text([RETOLD]) * copies
     began = time.perf_counter()
@@ -105,7 +105,7 @@ def measure(cfg):
     """Measure `cfg.row` in this process and those that torchrun started with it; print it."""
     ranks = runtime.Ranks.from_environment()
     function, arguments = ROWS[cfg.row]
-    figures = function(cfg, ranks, **arguments)
+    figures = function(cfg, **arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == 'darwin' else 1024  # bytes there, KiB elsewhere
     memory = f'{(torch.cuda.max_memory_allocated() or peak) / 2**30:.2f} GiB'
@@ -120,20 +120,18 @@ def main(argv):
         return measure(cfg)
     device, dtype = runtime.settle(cfg)
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
-    chosen = [name for name, (_, arguments) in ROWS.items()
-              if cfg.only in name and (gpus or arguments is not ON_CUDA)]
+    chosen = {name: arguments for name, (_, arguments) in ROWS.items()
+              if cfg.only in name and (gpus or arguments is not ON_CUDA)}
     if not chosen:
         raise console.UsageError(f'only={cfg.only!r} is in no name: choose from {"; ".join(ROWS)}')
     hardware = torch.cuda.get_device_name(device) if gpus else f'{os.cpu_count()} cores'
     print(f'torch {torch.__version__}, {device} ({hardware}), {str(dtype).split(".")[1]}\n')
     print('| work | speed | MFU | peak memory |\n|---|---|---|---|', flush=True)
-    for name in chosen:
-        cfg.row = name
-        command = [sys.executable, os.path.abspath(__file__)]
-        if 'shard' in ROWS[name][1]:
-            processes = f'--nproc_per_node={gpus or 2}'
-            command[1:1] = ['-m', 'torch.distributed.run', '--standalone', processes]
-        command += [f'--{key}={value}' for key, value in vars(cfg).items()]
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus or 2}']
+    for name, arguments in chosen.items():
+        launcher = torchrun if 'shard' in arguments else []
+        flags = [f'--{key}={value}' for key, value in (vars(cfg) | {'row': name}).items()]
+        command = [sys.executable, *launcher, os.path.abspath(__file__), *flags]
         with tempfile.TemporaryDirectory() as folder:
             result = subprocess.run(command, cwd=folder, capture_output=True, encoding='utf-8')
         row = re.search(r'^\| .*', result.stdout, re.M)
