@@ -212,7 +212,10 @@ class Output:
 def download(path, progress):
     """Get a subset; path.part, which a broken connection or a kill has left, is gone on with."""
     name, opener = os.path.basename(path), urllib.request.build_opener(HttpsOnly)
-    for wait in (1, 2, 4, 8, 16, 32, 64):  # seconds before the next try
+    for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
+        if wait:
+            progress.say(f'{name}: {trouble}; trying again in {wait} s')
+            time.sleep(wait)
         try:
             with open(f'{path}.part', 'ab') as file:
                 got = max(0, file.tell() - 1)  # one byte again, since asking for none is an error
@@ -230,8 +233,6 @@ def download(path, progress):
             return os.replace(f'{path}.part', path)
         except (OSError, http.client.HTTPException) as error:
             trouble = str(getattr(error, 'reason', error)) or type(error).__name__
-        progress.say(f'{name}: {trouble}; trying again in {wait} s')
-        time.sleep(wait)
     raise UserError(f'cannot fetch {URL + name} ({trouble}): the same command goes on from here, '
                     'or give a copy with --input=FOLDER')
 
