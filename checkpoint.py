@@ -61,7 +61,7 @@ def load_checkpoint(path, mmap=False):
 
     path: the file, or a folder, of which best.pt or else ckpt.pt is taken. Raises
     FileNotFoundError or ValueError, in one line, for a file that is missing, damaged or something
-    else.
+    else, UserError where there is no tokenizer for it.
     """
     if os.path.isdir(path):
         best, latest = os.path.join(path, 'best.pt'), os.path.join(path, 'ckpt.pt')
@@ -87,11 +87,18 @@ def load_checkpoint(path, mmap=False):
             'best_val_loss': float(checkpoint['best_val_loss']),
         }
         class_and_config(checkpoint)  # raises for an impossible shape
-        return checkpoint
     except Exception as error:  # damage shows in many ways, and so does code in a pickle
         raise ValueError(f'{path} is damaged, no checkpoint of a GPT, or might run code '
                          f'({reason(error)}): take the .pt file that train.py wrote, or an older '
                          'copy') from None
+    if not checkpoint.get('tokenizer'):  # nanoGPT keeps it with the dataset, but for GPT-2's
+        folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
+        is_gpt2 = checkpoint['model_args'].get('vocab_size', 0) >= 50257
+        if not is_gpt2 and not os.path.exists(os.path.join(folder, 'meta.json')):
+            raise UserError(f'{path} holds no tokenizer and there is no {folder}/meta.json: '
+                            'prepare that dataset first')
+        checkpoint['tokenizer'] = read_meta(folder)['tokenizer']
+    return checkpoint
 
 
 def reason(error):
@@ -100,19 +107,6 @@ def reason(error):
 
 
 # --- from checkpoints to models
-
-
-def tokenizer_state(checkpoint, path):
-    """The state of a checkpoint's tokenizer; nanoGPT keeps it with the dataset."""
-    folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
-    if checkpoint.get('tokenizer'):
-        return checkpoint['tokenizer']
-    if os.path.exists(os.path.join(folder, 'meta.json')):
-        return read_meta(folder)['tokenizer']
-    if checkpoint['model_args'].get('vocab_size', 0) >= 50257:
-        return {'type': 'gpt2', 'vocab_size': 50257}
-    raise UserError(f'{path} holds no tokenizer and there is no {folder}/meta.json: prepare that '
-                    'dataset first')
 
 
 def class_and_config(checkpoint, **changes):
@@ -142,7 +136,7 @@ def load_model(path, hub=False):
     checkpoint = load_checkpoint(path)
     cls, config = class_and_config(checkpoint)
     model = build(cls, config, checkpoint['model'], torch.device('cpu'))
-    return model, tokenizer_from(tokenizer_state(checkpoint, path))
+    return model, tokenizer_from(checkpoint['tokenizer'])
 
 
 # --- where a training run begins
@@ -173,15 +167,14 @@ def starting_point(cfg, tokenizer, ranks):
     else:
         path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else cfg.init_from
         checkpoint = load_checkpoint(path, mmap=from_rank_0)
-        theirs = tokenizer_state(checkpoint, path)
-        if resume and theirs != state:
+        if resume and checkpoint['tokenizer'] != state:
             raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: '
                              f'begin a new run from its weights with --init_from={path} and '
                              'another --out_dir')
         if resume and checkpoint['iter_num'] > cfg.max_iters:
             raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
                              f'max_iters={cfg.max_iters}: give a larger --max_iters')
-        adapt_alphabet(checkpoint, theirs, state, path)
+        adapt_alphabet(checkpoint, state, path)
         cls, config = class_and_config(checkpoint, dropout=cfg.dropout)
         weights = checkpoint['model']
     if cfg.init_from not in ('scratch', 'resume'):
@@ -204,15 +197,15 @@ def refuse_other_tokens(path, theirs, state):
                          f'({state["type"]}) ones: prepare it with --tokenizer={kind}')
 
 
-def adapt_alphabet(checkpoint, theirs, state, path):
+def adapt_alphabet(checkpoint, state, path):
     """Fit a checkpoint, in place, to the dataset's tokenizer.
 
     Another alphabet is welcome: characters that the model knows keep their rows of the embedding,
     new ones start like an untrained model's. Raises ValueError for any other difference.
     """
+    weights, theirs = checkpoint['model'], checkpoint['tokenizer']
     if not theirs['type'] == state['type'] == 'char' or theirs == state:
         return refuse_other_tokens(path, theirs, state)
-    weights = checkpoint['model']
     if 'table.weight' in weights:
         raise ValueError(f'{path} is a bigram of another alphabet: train one from scratch')
     common = [char for char in state['chars'] if char in theirs['chars']]
