@@ -72,8 +72,7 @@ def load_checkpoint(path, mmap=False):
             f'there are some in {found}' if found else
             'train one first, say by python train.py config/train_wizard_char.py'))
     try:
-        with warnings.catch_warnings():  # about pickles that it will refuse anyway
-            warnings.simplefilter('ignore')
+        with warnings.catch_warnings(action='ignore'):  # about pickles that it will refuse
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         # nanoGPT saves compiled models under their wrapper's name, and once saved masks.
         weights = {name.removeprefix('_orig_mod.'): weight
@@ -88,9 +87,10 @@ def load_checkpoint(path, mmap=False):
         }
         class_and_config(checkpoint)  # raises for an impossible shape
     except Exception as error:  # damage shows in many ways, and so does code in a pickle
-        raise ValueError(f'{path} is damaged, no checkpoint of a GPT, or might run code '
-                         f'({reason(error)}): take the .pt file that train.py wrote, or an older '
-                         'copy') from None
+        raise ValueError(
+            f'{path} is damaged, no checkpoint of a GPT, or might run code '
+            f'({shorten(repr(error), 120)}): take a .pt file that train.py wrote, or an older copy'
+        ) from None
     if not checkpoint.get('tokenizer'):  # nanoGPT keeps it with the dataset, but for GPT-2's
         folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
         is_gpt2 = checkpoint['model_args'].get('vocab_size', 0) >= 50257
@@ -99,11 +99,6 @@ def load_checkpoint(path, mmap=False):
                             'prepare that dataset first')
         checkpoint['tokenizer'] = read_meta(folder)['tokenizer']
     return checkpoint
-
-
-def reason(error):
-    """An exception in a few words."""
-    return f'{type(error).__name__}: {shorten(str(error), 100)}'
 
 
 # --- from checkpoints to models
@@ -238,6 +233,7 @@ def restore(optimizers, scaler, checkpoint):
         if checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:
-        raise ValueError(f"the checkpoint's optimizer does not fit its model ({reason(error)}): "
-                         'begin a new run from the weights with --init_from=ckpt.pt and another '
-                         '--out_dir') from None
+        raise ValueError(
+            f"the checkpoint's optimizer does not fit its model ({shorten(repr(error), 120)}): "
+            'begin a new run from the weights with --init_from=ckpt.pt and another --out_dir'
+        ) from None
