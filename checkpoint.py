@@ -85,7 +85,7 @@ def load_checkpoint(path, mmap=False):
             'iter_num': int(checkpoint['iter_num']),
             'best_val_loss': float(checkpoint['best_val_loss']),
         }
-        class_and_config(checkpoint)  # raises for an impossible shape
+        class_and_config(checkpoint['config'], checkpoint['model_args'])  # raises if impossible
     except Exception as error:  # damage shows in many ways, and so does code in a pickle
         raise ValueError(
             f'{path} is damaged, no checkpoint of a GPT, or might run code '
@@ -104,12 +104,11 @@ def load_checkpoint(path, mmap=False):
 # --- from checkpoints to models
 
 
-def class_and_config(checkpoint, **changes):
-    """The class and the config of a checkpoint's model; `changes` override the config."""
-    settings = checkpoint['config']
+def class_and_config(settings, model_args):
+    """The class and the config of a model: `model_args`, and what they lack from the settings."""
     cls, config_cls = MODELS.get(settings.get('model'), MODELS['gpt'])
-    gelu = {'gelu': settings['gelu']} if 'gelu' in settings else {}
-    return cls, config_cls(**checkpoint['model_args'] | gelu | changes)
+    names = [field.name for field in fields(config_cls) if field.name in settings]
+    return cls, config_cls(**{name: settings[name] for name in names} | model_args)
 
 
 def is_pretrained(name):
@@ -129,7 +128,7 @@ def load_model(path, hub=False):
     if (hub or os.path.exists(path)) and is_pretrained(path):
         return LanguageModel.from_pretrained(path), tokenizer_of(path)
     checkpoint = load_checkpoint(path)
-    cls, config = class_and_config(checkpoint)
+    cls, config = class_and_config(checkpoint['config'], checkpoint['model_args'])
     model = build(cls, config, checkpoint['model'], torch.device('cpu'))
     return model, tokenizer_from(checkpoint['tokenizer'])
 
@@ -148,12 +147,9 @@ def starting_point(cfg, tokenizer, ranks):
     from_rank_0 = cfg.shard and not ranks.is_main  # which reads the weights for all
     weights = checkpoint = None
     if cfg.init_from == 'scratch':
-        cls, config_cls = MODELS[cfg.model]
-        shape = {field.name: getattr(cfg, field.name) for field in fields(config_cls)
-                 if hasattr(cfg, field.name)}
         # 50304 is a multiple of 64, which is faster on GPUs; training pushes the padding down.
         vocab_size = 50304 if tokenizer.vocab_size == 50257 else tokenizer.vocab_size
-        config = config_cls(**shape | {'vocab_size': vocab_size})
+        cls, config = class_and_config(vars(cfg), {'vocab_size': vocab_size})
     elif is_pretrained(cfg.init_from):
         refuse_other_tokens(cfg.init_from, tokenizer_of(cfg.init_from).state(), state)
         model = None if from_rank_0 else LanguageModel.from_pretrained(cfg.init_from, cfg.dropout)
@@ -170,8 +166,8 @@ def starting_point(cfg, tokenizer, ranks):
             raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
                              f'max_iters={cfg.max_iters}: give a larger --max_iters')
         adapt_alphabet(checkpoint, state, path)
-        cls, config = class_and_config(checkpoint, dropout=cfg.dropout)
-        weights = checkpoint['model']
+        model_args, weights = checkpoint['model_args'], checkpoint['model']
+        cls, config = class_and_config(checkpoint['config'], model_args | {'dropout': cfg.dropout})
     if cfg.init_from not in ('scratch', 'resume'):
         if cls is not Bigram and cfg.block_size > config.block_size:
             raise ValueError(f'block_size={cfg.block_size} is longer than the {config.block_size} '
