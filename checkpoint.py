@@ -136,12 +136,11 @@ def load_model(path, hub=False):
 # --- where a training run begins
 
 
-def starting_point(cfg, tokenizer, ranks):
-    """Where to begin: `cfg` with the model's shape, its config, its weights by name, a checkpoint.
+def starting_point(cfg, tokenizer, ranks, device):
+    """Where to begin: `cfg` with the model's shape, the model, the checkpoint if it is to resume.
 
-    The weights are None where they are to be drawn, the checkpoint where none is resumed. What
-    comes from a checkpoint has that checkpoint's shape; only its dropout, and a shorter block_size
-    for fine-tuning, are `cfg`'s to choose. Raises ValueError or OSError, in one line.
+    What comes from a checkpoint has that checkpoint's shape; only its dropout, and a shorter
+    block_size for fine-tuning, are `cfg`'s to choose. Raises ValueError or OSError, in one line.
     """
     state, resume = tokenizer.state(), cfg.init_from == 'resume'
     from_rank_0 = cfg.shard and not ranks.is_main  # which reads the weights for all
@@ -159,9 +158,8 @@ def starting_point(cfg, tokenizer, ranks):
         path = os.path.join(cfg.out_dir, 'ckpt.pt') if resume else cfg.init_from
         checkpoint = load_checkpoint(path, mmap=from_rank_0)
         if resume and checkpoint['tokenizer'] != state:
-            raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: '
-                             f'begin a new run from its weights with --init_from={path} and '
-                             'another --out_dir')
+            raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: for '
+                             f'a new run from it, give --init_from={path} and another --out_dir')
         if resume and checkpoint['iter_num'] > cfg.max_iters:
             raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
                              f'max_iters={cfg.max_iters}: give a larger --max_iters')
@@ -177,7 +175,8 @@ def starting_point(cfg, tokenizer, ranks):
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
     actual = {name: value for name, value in vars(config).items() if hasattr(cfg, name)}
     actual['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
-    return replace(cfg, **actual), config, weights, checkpoint if resume else None
+    model = build(cls, config, weights, device, cfg.shard, cfg.seed)
+    return replace(cfg, **actual), model, checkpoint if resume else None
 
 
 def refuse_other_tokens(path, theirs, state):

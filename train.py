@@ -231,8 +231,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     with console.user_errors():
         data = Dataset(cfg.dataset, ranks)
         asked = cfg
-        cfg, config, weights, checkpoint = starting_point(asked, data.tokenizer, ranks)
-        raw = runtime.build(MODELS[cfg.model][0], config, weights, device, cfg.shard, cfg.seed)
+        cfg, raw, checkpoint = starting_point(asked, data.tokenizer, ranks, device)
         optimizers = make_optimizers(raw, cfg, dtype)
         # Small gradients would be 0 in float16: they are scaled up for the time of backward.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -250,7 +249,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                       if getattr(asked, name) not in (None, value, default.get(name))]
         if overridden:
             progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
-    del checkpoint, weights  # a second copy of everything
+    del checkpoint  # a second copy of everything
 
     if cfg.eval_only:
         unit = 'character' if data.tokenizer.state()['type'] == 'char' else 'token'
