@@ -4,13 +4,11 @@ A .bin file is a row of little-endian uint16 token ids. meta.json has the tokeni
 vocab_size, the source and the sha256 of its text, and how many tokens each split has.
 """
 
-import contextlib
-import glob
 import json
 import os
-import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -47,24 +45,22 @@ def write_meta(folder, tokenizer, source, sha256, tokens):
         file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
         file.flush()  # if the disk is full, the files of before stay
         for old in ('train.bin', 'test.bin'):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, old))
+            Path(folder, old).unlink(missing_ok=True)
     return meta
 
 
 def read_meta(folder):
     """meta.json; for a dataset without it, as nanoGPT leaves raw GPT-2 ids, its equivalent."""
-    path, pickled = os.path.join(folder, 'meta.json'), os.path.join(folder, 'meta.pkl')
-    if os.path.exists(pickled) and not os.path.exists(path):
+    path, pickled = Path(folder, 'meta.json'), Path(folder, 'meta.pkl')
+    if pickled.exists() and not path.exists():
         raise UserError(
             f'{pickled} is a pickle, which could run code, and is not read: make a meta.json with '
             f'python prepare_text.py TEXT --dataset={os.path.basename(folder)}'
         )
-    if not os.path.exists(path):
+    if not path.exists():
         return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
     try:
-        with open(path, encoding='utf-8') as file:
-            meta = json.load(file)
+        meta = json.loads(path.read_text('utf-8'))
         meta['tokenizer']['type']
         return meta
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -166,23 +162,21 @@ class Dataset:
         meta = read_meta(folder)
         self.source = meta.get('source', folder)
         self.tokenizer = tokenizer_from(meta['tokenizer'])
-        names = [split for split in ('train', 'val', 'test')
-                 if split != 'test' or os.path.exists(os.path.join(folder, 'test.bin'))]
-        self.splits = {split: Split(os.path.join(folder, f'{split}.bin'),
-                                    self.tokenizer.vocab_size) for split in names}
+        paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val', 'test')}
+        self.splits = {split: Split(path, self.tokenizer.vocab_size)
+                       for split, path in paths.items() if split != 'test' or os.path.exists(path)}
 
 
 def make(name, folder):
     """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
-    here, there = os.path.dirname(os.path.abspath(__file__)), glob.glob('data/*/train.bin')
     if name in PREPARE:
-        script, *args = shlex.split(PREPARE[name])
-        if subprocess.run([sys.executable, os.path.join(here, script), *args]).returncode:
+        script, *args = PREPARE[name].split()
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
             raise UserError(f'{PREPARE[name]} could not make {folder}: run it by hand to see why')
         return
     if name == 'openwebtext':
         raise UserError(f'{folder} is missing: python prepare_openwebtext.py downloads 12 GB for '
                         'it; to begin with, python train.py config/train_wizard_char.py')
-    known = sorted({*PREPARE, *(os.path.basename(os.path.dirname(path)) for path in there)})
+    known = sorted({*PREPARE, *(path.parent.name for path in Path('data').glob('*/train.bin'))})
     raise UserError(f'the dataset {folder} is missing: choose one of {", ".join(known)}, or make '
                     f'it with python prepare_text.py your.txt --dataset={name}')
