@@ -47,21 +47,18 @@ class SampleConfig:
 
 def read_prompt(start):
     """The text that the setting `start` stands for."""
-    if start == '-':
-        data, source = sys.stdin.buffer.read(), 'standard input'
-        data = data.removesuffix(b'\n').removesuffix(b'\r')  # which echo adds
-    elif start.startswith('FILE:'):
-        source = start.removeprefix('FILE:')
-        try:
-            with open(source, 'rb') as file:
-                data = file.read()
-        except OSError as error:
-            raise UserError(f'cannot read the prompt {source} ({error.strerror}): give another '
-                            'with --start=FILE:PATH') from None
-    else:
+    if start != '-' and not start.startswith('FILE:'):
         return start.replace('\\n', '\n')  # a shell passes \n as two characters
+    source = 'standard input' if start == '-' else start.removeprefix('FILE:')
     try:
-        return data.decode('utf-8-sig').replace('\r\n', '\n')
+        if start == '-':
+            sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)
+            return sys.stdin.read().removesuffix('\n')  # which echo adds
+        with open(source, encoding='utf-8-sig') as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f'cannot read the prompt {source} ({error.strerror}): give another '
+                        'with --start=FILE:PATH') from None
     except UnicodeDecodeError as error:
         raise UserError(f'{source} is not UTF-8 at byte {error.start}: convert it first') from None
 
