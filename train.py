@@ -93,29 +93,25 @@ class TrainConfig:
 
     def __post_init__(self):
         """Refuse what is impossible, before anything slow. Raises UsageError."""
-        if self.model_size:
-            if self.model_size not in MODEL_SIZES:
-                known = ', '.join(MODEL_SIZES)
-                raise UsageError(f'model_size={self.model_size!r} must be one of {known}')
-            self.n_layer, self.n_head, self.n_embd = MODEL_SIZES[self.model_size]
-            self.model_size = ''  # or `replace` would undo a checkpoint's shape
-        if self.model not in MODELS:
-            raise UsageError(f'model={self.model!r} must be one of {", ".join(MODELS)}')
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
         counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
                   'block_size', 'max_iters', 'muon_steps')
+        choices = dict(model=[*MODELS], optimizer=['adamw', 'muon'], model_size=['', *MODEL_SIZES])
         for name, value in vars(self).items():
+            if name in choices and value not in choices[name]:
+                raise UsageError(f'{name}={value!r} must be one of {choices[name]}')
             least = 1 if name in counts else 0
             if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
                 raise UsageError(f'{name} is {value}: it must be at least {least}')
             if name in ('beta1', 'beta2', 'muon_momentum') and value >= 1:
                 raise UsageError(f'{name} is {value}: it must be below 1')
-        if self.optimizer not in ('adamw', 'muon'):
-            raise UsageError(f'optimizer={self.optimizer!r} must be adamw or muon')
         if self.optimizer == 'muon' and (self.model == 'bigram' or self.shard):
             raise UsageError('optimizer=muon needs whole matrices inside blocks: use a gpt or a '
                              'llama, without --shard')
+        if self.model_size:
+            self.n_layer, self.n_head, self.n_embd = MODEL_SIZES[self.model_size]
+            self.model_size = ''  # or `replace` would undo a checkpoint's shape
 
 
 def learning_rate(cfg, it):
