@@ -135,9 +135,8 @@ def make_optimizers(model, cfg, dtype):
 
     AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101, with weight decay on matrices only.
     """
-    hidden = []
-    if cfg.optimizer == 'muon':
-        hidden = [p for block in model.blocks for p in block.parameters() if p.dim() >= 2]
+    blocks = model.blocks if cfg.optimizer == 'muon' else ()
+    hidden = [p for block in blocks for p in block.parameters() if p.dim() >= 2]
     inside = set(hidden)
     rest = [p for p in model.parameters() if p not in inside]
     adamw = torch.optim.AdamW(
