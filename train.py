@@ -295,8 +295,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             if not runtime.whole(torch.nn.utils.get_total_norm(raw.parameters())).isfinite():
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
             if ranks.is_main and not log.is_open() and set_aside(cfg.out_dir):
-                progress.say(f'the former run in {cfg.out_dir} was moved to '
-                             + os.path.join(cfg.out_dir, 'previous'))
+                progress.say(f'the former run in {cfg.out_dir} is now in {cfg.out_dir}/previous')
             log.open()
             best = {
                 'model': runtime.whole_weights(raw),
@@ -315,15 +314,14 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 'log': log.position() | {'skipped': skipped},
             }
             if ranks.is_main:
-                save(os.path.join(cfg.out_dir, 'ckpt.pt'), state)
+                save(f'{cfg.out_dir}/ckpt.pt', state)
             if ranks.is_main and improved:
-                save(os.path.join(cfg.out_dir, 'best.pt'), best)
+                save(f'{cfg.out_dir}/best.pt', best)
             ranks.any(False)  # all wait: torchrun ends the others soon after the first has ended
             del best, state  # whole copies, if the model is sharded
         if stopping:
-            saved = f'{os.path.join(cfg.out_dir, "ckpt.pt")} is saved: to go on, the same command '
-            progress.say(f'stopped at iteration {it}; ' + (
-                saved + 'with --init_from=resume' if it > 0 else 'there was nothing to save yet'))
+            saved = f'{cfg.out_dir}/ckpt.pt is saved: to go on, add --init_from=resume'
+            progress.say(f'stopped at iteration {it}; {saved if it else "nothing to save yet"}')
             if log.wandb:
                 log.wandb.finish()
             sys.exit(128 + (stop.received or signal.SIGTERM))
@@ -409,9 +407,9 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     script = os.path.join(os.path.dirname(__file__), 'sample.py')
     command = [sys.orig_argv[0], script.removeprefix(os.getcwd() + os.sep),
                f'--out_dir={cfg.out_dir}', *start_flag]
-    progress.say(f'best val loss {best_val_loss:.4f} after '
-                 f'{clock(time.perf_counter() - log.began)}, weights in '
-                 f'{os.path.join(cfg.out_dir, "best.pt")}\nnow: {shlex.join(command)}')
+    took = clock(time.perf_counter() - log.began)
+    progress.say(f'best val loss {best_val_loss:.4f} after {took}, weights in '
+                 f'{cfg.out_dir}/best.pt\nnow: {shlex.join(command)}')
     return best_val_loss
 
 
