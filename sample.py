@@ -85,10 +85,10 @@ class Text:
         if end >= 0:
             self.text, self.done = self.text[:end], True
 
-    def new(self, final=False):
+    def new(self):
         """What has come since the last call; what may begin the stop string has to wait."""
-        waiting = 0 if final or self.done else max(0, len(self.stop) - 1)
-        new = self.text[self.shown : len(self.text) - waiting]
+        end = len(self.text) if self.done else len(self.text) - len(self.stop) + 1
+        new = self.text[self.shown : max(end, self.start)]
         self.shown += len(new)
         return new
 
@@ -121,7 +121,7 @@ def print_samples(cfg, prompt):
         print(texts[0].new(), end='', flush=True)
         if all(text.done for text in texts):
             break
-    print(texts[0].new(final=True))
+    print(texts[0].text[texts[0].shown :])
     for text in texts[1:]:
         print('---------------')
         print(text.text)

@@ -54,14 +54,16 @@ def test_a_long_prompt_keeps_its_end_and_says_so(trained, capsys):
     assert '44 tokens' in told.err and 'last 16' in told.err and told.out.startswith('Dorothy D')
 
 
-def test_text_stops_before_the_stop_string():
-    text = sample.Text('>', [], lambda ids: ''.join('abcSTOPdef'[i] for i in ids), 'STOP')
+@pytest.mark.parametrize('prompt, start', [('>', 0), ('', 0), ('', 3)])
+def test_text_stops_before_the_stop_string(prompt, start):
+    """Also where it comes first of all: nothing of it is shown."""
+    text = sample.Text(prompt, [], lambda ids: ''.join('abcSTOPdef'[i] for i in ids), 'STOP')
     shown = ''
-    for i in range(10):
+    for i in range(start, 10):
         text.add(i)
         shown += text.new()
         assert 'S' not in shown
-    assert shown == '>abc' and text.text == '>abc' and text.done
+    assert shown == text.text == prompt + 'abc'[start:] and text.done
 
 
 def test_what_only_looks_like_a_stop_string_is_shown():
@@ -70,7 +72,7 @@ def test_what_only_looks_like_a_stop_string_is_shown():
     for i in range(9):
         text.add(i)
         shown += text.new()
-    assert shown == 'abSTab' and shown + text.new(final=True) == 'abSTabSTO'
+    assert shown == 'abSTab' and shown + text.text[text.shown:] == 'abSTabSTO'
 
 
 def test_stop_in_a_real_run(trained, capsys):
