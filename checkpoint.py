@@ -221,9 +221,8 @@ def restore(optimizers, scaler, checkpoint):
             moments = {i: {name: value if name == 'step' else like(value, params[i])
                            for name, value in state.items()}
                        for i, state in saved['state'].items()}
-            settings = optimizer.state_dict()['param_groups']
-            groups = [own | {'params': theirs['params']}
-                      for own, theirs in zip(settings, saved['param_groups'], strict=True)]
+            groups = [own | {'params': theirs['params']} for own, theirs
+                      in zip(optimizer.param_groups, saved['param_groups'], strict=True)]
             optimizer.load_state_dict({'state': moments, 'param_groups': groups})
         if checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
