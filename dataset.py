@@ -26,9 +26,7 @@ PREPARE = {
 def check_name(dataset):
     """Raise UsageError unless data/<dataset> is a folder in data/."""
     if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
-        raise UsageError(
-            f'dataset={dataset!r} must be the name of a folder in data/: use --dataset=my_text'
-        )
+        raise UsageError(f'dataset={dataset!r} must name a folder in data/: try --dataset=my_text')
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens):
