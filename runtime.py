@@ -313,8 +313,7 @@ class StopSignal:
         return self
 
     def handle(self, number, frame):
-        if self.received and number == signal.SIGINT:
-            os._exit(128 + number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system obeys it, whatever Python does
         if self.speaks and not self.received:
             with contextlib.suppress(OSError):  # os.write, since print may be what was interrupted
                 os.write(1, b'\nfinishing this iteration, then saving; '
