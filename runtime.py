@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from textwrap import shorten
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -296,32 +297,30 @@ def sync_gradients(model, sync):
 # --- signals
 
 
-class StopSignal:
-    """After Ctrl-C or SIGTERM, `received` is its number, not 0, and the run may end in good order.
+@contextlib.contextmanager
+def stop_signal(speaks):
+    """Inside, Ctrl-C and SIGTERM only set `received` to their number, so that a run can end well.
 
-    A second Ctrl-C exits at once.
+    A second Ctrl-C exits at once. Of several processes, one `speaks`.
     """
+    stop = SimpleNamespace(received=0)
 
-    def __init__(self, speaks):
-        self.speaks = speaks  # one of several processes does
-
-    def __enter__(self):
-        self.received, self.before = 0, {}
-        with contextlib.suppress(ValueError):  # signals are for the main thread only
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number, frame):
+    def handle(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system obeys it, whatever Python does
-        if self.speaks and not self.received:
+        if speaks and not stop.received:
             with contextlib.suppress(OSError):  # os.write, since print may be what was interrupted
                 os.write(1, b'\nfinishing this iteration, then saving; '
                             b'Ctrl-C again to quit without\n')
-        self.received = self.received or number
+        stop.received = stop.received or number
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+    before = {}
+    with contextlib.suppress(ValueError):  # signals are for the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

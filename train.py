@@ -28,7 +28,7 @@ from console import Progress, UsageError, UserError, clock
 from dataset import Dataset, evaluation_batches, training_batches
 from llama import Muon
 from model import MODEL_SIZES
-from runtime import Log, Ranks, StopSignal
+from runtime import Log, Ranks, stop_signal
 from tokenizer import prompt_ids
 
 REMEDIES = 'Remedies: a lower --learning_rate, --dtype=float32, a smaller --grad_clip'
@@ -212,7 +212,7 @@ def train(cfg):
               f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
     with (
         console.locked(cfg.out_dir) if ranks.is_main and not cfg.eval_only else nullcontext(),
-        ranks.joined(device, cfg.backend), StopSignal(ranks.is_main) as stop,
+        ranks.joined(device, cfg.backend), stop_signal(ranks.is_main) as stop,
         runtime.out_of_memory(remedy),
     ):
         return training_run(cfg, ranks, device, dtype, stop, progress)

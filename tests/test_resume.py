@@ -213,7 +213,7 @@ def test_a_second_ctrl_c_exits_at_once(tiny):
 import sys, time
 sys.path.insert(0, {ROOT!r})
 import runtime
-with runtime.StopSignal(speaks=True) as stop:
+with runtime.stop_signal(speaks=True) as stop:
     print('ready', flush=True)
     while not stop.received:
         pass
