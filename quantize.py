@@ -76,22 +76,17 @@ def quantize_int8(model):
     return replace_layers(model, (nn.Linear, nn.Embedding), Int8)
 
 
-def pack_linears(model):
-    """Replace every nn.Linear by a PackedLinear, in place, if torch and the processor can."""
-    onednn = torch.ops.mkldnn
-    if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
-        replace_layers(model, nn.Linear, PackedLinear)
-
-
 def ready(model, device, dtype, quantize='', compiled=False):
     """Bring a model, in place, into the form that samples fastest on `device`; returns it."""
     if quantize not in ('', 'int8'):
         raise UserError(f'quantize={quantize!r} must be int8, or be left out')
     model.to(device, dtype).eval()
     if quantize == 'int8':
-        quantize_int8(model)
-    elif device.type == 'cpu' and dtype == torch.bfloat16 and not compiled:
-        pack_linears(model)  # torch.compile arranges the matrices itself
+        return quantize_int8(model)
+    if device.type == 'cpu' and dtype == torch.bfloat16 and not compiled:  # that packs by itself
+        onednn = torch.ops.mkldnn
+        if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
+            replace_layers(model, nn.Linear, PackedLinear)
     return model
 
 
