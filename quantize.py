@@ -62,12 +62,11 @@ class PackedLinear(nn.Module):
 def replace_layers(model, kinds, make):
     """Put `make(weight, bias)` in the place of every layer of these kinds; one for each weight."""
     made = {}
-    for module in list(model.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, kinds):
-                if layer.weight not in made:
-                    made[layer.weight] = make(layer.weight, getattr(layer, 'bias', None))
-                setattr(module, name, made[layer.weight])
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, kinds):
+            if layer.weight not in made:
+                made[layer.weight] = make(layer.weight, getattr(layer, 'bias', None))
+            model.set_submodule(name, made[layer.weight])
     return model
 
 
