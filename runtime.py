@@ -258,14 +258,12 @@ def like(tensor, p):
 
 
 def whole(value):
-    """`value`, a tensor or nested dicts and lists, with all that is sharded gathered.
+    """`value`, a tensor or nested dicts, with all that is sharded gathered.
 
     All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead.
     """
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item) for item in value]
     if not hasattr(value, 'full_tensor'):
         return value
     full = value.full_tensor()
