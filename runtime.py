@@ -344,26 +344,26 @@ class Log:
         if self.is_main and cfg.wandb_log:
             with user_errors():
                 import wandb
-            self.wandb = wandb.init(
-                project=cfg.wandb_project, name=cfg.wandb_run_name, config=vars(cfg)
-            )
+            self.wandb = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
+                                    config=vars(cfg))
         csv.writer(self.file).writerow(self.columns)
         if position is not None:
-            self.open(position.get('bytes'))
+            self.open(position.get('bytes', sys.maxsize))  # nanoGPT's have none: keep all
 
     def is_open(self):
         return not isinstance(self.file, io.StringIO)
 
     def open(self, size=0):
-        """Write to the file from now on, after its first `size` bytes (None: after all)."""
-        if self.is_main and not self.is_open():
-            waiting = self.file.getvalue()
-            with self.writing():
-                self.file = open(self.path, 'a', newline='', encoding='utf-8')
-                self.file.truncate(min(size, self.file.tell()) if size is not None else None)
-                if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
-                    self.file.write(waiting)
-                    self.file.flush()
+        """Write to the file from now on, after its first `size` bytes."""
+        if not self.is_main or self.is_open():
+            return
+        waiting = self.file.getvalue()
+        with self.writing():
+            self.file = open(self.path, 'a', newline='', encoding='utf-8')
+            self.file.truncate(min(size, self.file.tell()))
+            if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
+                self.file.write(waiting)
+                self.file.flush()
 
     @contextlib.contextmanager
     def writing(self):
