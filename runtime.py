@@ -75,17 +75,14 @@ def tune(device, shard=False):
         # Shards gather and free weights all the time, which would fragment such a heap.
         mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
         mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: what it keeps
-    try:
-        with open('/proc/loadavg') as file:
-            load, _, _, running, _ = file.read().split()
-    except OSError:  # some sandboxes hide it
-        return ''
-    # Busy in the last minute and still now; the load alone would count our own run before this.
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    busy = min(cores, round(float(load)), int(running.split('/')[0]) - 1)
-    if cores - busy < threads > 1 and 'OMP_NUM_THREADS' not in os.environ:
-        return (f'{busy} of {cores} cores are busy with other work: if that goes on, '
-                f'OMP_NUM_THREADS={max(1, cores - busy)} is faster')
+    with contextlib.suppress(OSError), open('/proc/loadavg') as file:  # some sandboxes hide it
+        load, _, _, running, _ = file.read().split()
+        # Busy in the last minute and still now; the load alone has our own run before this.
+        cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+        busy = min(cores, round(float(load)), int(running.split('/')[0]) - 1)
+        if cores - busy < threads > 1 and 'OMP_NUM_THREADS' not in os.environ:
+            return (f'{busy} of {cores} cores are busy with other work: if that goes on, '
+                    f'OMP_NUM_THREADS={max(1, cores - busy)} is faster')
     return ''
 
 
