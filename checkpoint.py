@@ -60,8 +60,8 @@ def load_checkpoint(path, mmap=False):
     """Read a checkpoint, ours or nanoGPT's, onto the CPU; with `mmap`, tensors on first use.
 
     path: the file, or a folder, of which best.pt or else ckpt.pt is taken. Raises
-    FileNotFoundError or ValueError, in one line, for a file that is missing, damaged or something
-    else, UserError where there is no tokenizer for it.
+    FileNotFoundError or ValueError, in one line, for a file that is missing, damaged or no
+    checkpoint, UserError where there is no tokenizer for it.
     """
     if os.path.isdir(path):
         best, latest = os.path.join(path, 'best.pt'), os.path.join(path, 'ckpt.pt')
@@ -191,7 +191,7 @@ def adapt_alphabet(checkpoint, state, path):
     """Fit a checkpoint, in place, to the dataset's tokenizer.
 
     Another alphabet is welcome: characters that the model knows keep their rows of the embedding,
-    new ones start like an untrained model's. Raises ValueError for any other difference.
+    rows of new ones are drawn. Raises ValueError for any other difference.
     """
     weights, theirs = checkpoint['model'], checkpoint['tokenizer']
     if not theirs['type'] == state['type'] == 'char' or theirs == state:
@@ -203,6 +203,7 @@ def adapt_alphabet(checkpoint, state, path):
     for key in weights.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
                                  'lm_head.weight'}:
         shape = state['vocab_size'], weights[key].size(1)
+        # From the same seed for both matrices, which may be tied.
         rows = torch.normal(0, 0.02, shape, generator=torch.Generator().manual_seed(0))
         rows[new] = weights[key][old]
         weights[key] = rows
@@ -228,6 +229,7 @@ def restore(optimizers, scaler, checkpoint):
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:
         raise ValueError(
-            f"the checkpoint's optimizer does not fit its model ({shorten(repr(error), 120)}): "
-            'begin a new run from the weights with --init_from=ckpt.pt and another --out_dir'
+            "the checkpoint's optimizer does not fit the model or --optimizer "
+            f'({shorten(repr(error), 120)}): begin a new run from the weights with '
+            '--init_from=OUT_DIR/ckpt.pt and another --out_dir'
         ) from None

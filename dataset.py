@@ -113,7 +113,7 @@ class Split:
 def training_batches(split, cfg, ranks, device, it):
     """Yield the micro-batches (x, y) of this rank, from iteration `it` on, without end.
 
-    The offsets of the whole global batch follow from (seed, iteration), and each rank takes its
+    The offsets of the global batch follow from (seed, iteration), and each rank takes its
     share: a resumed run sees the same data, on any number of processes.
     """
     B, T = cfg.batch_size, cfg.block_size
@@ -125,13 +125,14 @@ def training_batches(split, cfg, ranks, device, it):
 
 
 def evaluation_batches(split, cfg, ranks, device):
-    """Yield (x, y, share done): `eval_iters` random batches, always the same, or the whole split.
+    """Yield (x, y, fraction done): `eval_iters` random batches, always the same, or all there is.
 
-    All ranks get as many batches; targets of -1 do not count.
+    Each rank gets the same number of batches; targets of -1 do not count.
     """
     B, T = cfg.batch_size, cfg.block_size
     if cfg.eval_iters:
-        offsets, rest = split.random_offsets((cfg.seed, 0, 0), cfg.eval_iters * B, T), 0
+        # On the train split they begin with those of update 0.
+        offsets, rest = split.random_offsets((cfg.seed, 0), cfg.eval_iters * B, T), 0
     else:
         offsets, rest = np.arange(0, split.tokens - T, T), (split.tokens - 1) % T
     batches = [(offsets[i : i + B], T) for i in range(0, len(offsets), B)]

@@ -3,8 +3,8 @@
     python train.py config/train_wizard_llama.py
 
 RMSNorm for LayerNorm, rotary for learned positions, SwiGLU for the GELU MLP, fewer heads for keys
-and values, a norm on queries and keys, and no biases. The whole: Touvron et al. 2023 (Llama 2),
-arXiv:2307.09288.
+and values, no biases: Touvron et al. 2023 (Llama 2), arXiv:2307.09288. Newer than that are a norm
+on queries and keys, and the optimizer Muon, below.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ class LlamaConfig(GPTConfig):
     qk_norm: bool = True  # normalize queries and keys; Llama itself doesn't, Qwen 3 does
     head_size: int | None = None  # none means n_embd / n_head
     n_hidden: int | None = None  # width inside the MLP; none: as many weights as GPT-2's MLP has
-    rope_theta: float = 10000.0  # the slowest rotation takes about 2 pi times so many positions
+    rope_theta: float = 10000.0  # the slowest pair turns once in up to 2 pi times so many
     norm_eps: float = 1e-5
     tied: bool = True  # one matrix reads tokens and predicts them, as in GPT-2; else two
 
@@ -36,7 +36,7 @@ class LlamaConfig(GPTConfig):
             raise ValueError('bias is True: a Llama has no biases, leave it out')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
-        # Three matrices instead of two, so 8/3 of the width instead of 4; whole blocks of 32.
+        # Three matrices instead of two, so 8/3 of the width instead of 4; a multiple of 32.
         self.n_hidden = self.n_hidden or 32 * max(1, round(8 * self.n_embd / 3 / 32))
         if self.n_head % self.n_kv_head or self.head_size % 2:
             raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head='
@@ -46,9 +46,8 @@ class LlamaConfig(GPTConfig):
 class Normalize(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension, in float32.
 
-    x: (B, ..., width); weight: (width,), or more that broadcasts over x without its B. Returns the
-    shape of x in the dtype of weight. The gradient is written out, since on a CPU torch's own
-    takes about as long as a product.
+    x: (B, ..., width); weight: (width,). Returns the shape of x in the dtype of weight. The
+    gradient is written out, since on a CPU torch's own takes about as long as a matrix product.
     """
 
     @staticmethod
@@ -85,10 +84,10 @@ class RMSNorm(nn.Module):
 
 
 def rotation(positions, head_size, theta):
-    """(cos, sin) for `rotate`, each (T, head_size) float32, from positions (T,).
+    """What `rotate` takes, from positions (T,): (cos, cos), (-sin, sin), each (T, head_size).
 
     Pair i of a head's numbers turns by position * theta^(-2 i / head_size), so that the product of
-    a query and a key depends on how far apart they are. It replaces GPT-2's learned positions.
+    a query and a key depends only on how far apart they are. It replaces learned positions.
     RoFormer: Su et al. 2021, arXiv:2104.09864.
     """
     speed = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
@@ -98,12 +97,15 @@ def rotation(positions, head_size, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + head_size / 2]): (B, heads, T, head_size) to the same shape."""
+    """Turn each pair (a, b) = (x[i], x[i + head_size / 2]) into (a cos - b sin, b cos + a sin).
+
+    (B, heads, T, head_size) to the same shape. These are Hugging Face's pairs, not neighbours.
+    """
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
 class GroupedAttention(nn.Module):
-    """Attention where n_head / n_kv_head queries share a head of keys and values.
+    """Attention where n_head / n_kv_head heads of queries share one of keys and values.
 
     That makes the cache smaller: GQA, Ainslie et al. 2023, arXiv:2305.13245. With `qk_norm`,
     queries and keys are normalized, so that their products cannot grow without bound: Henry et al.
@@ -124,21 +126,18 @@ class GroupedAttention(nn.Module):
         c = self.config
         heads = self.qkv_proj(x).view(B, T, -1, c.head_size)  # of queries, keys, values
         heads = heads.transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_size)
-        qk, v = heads.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         # In float32 and contiguous, since norm and rotation are fastest so on a CPU.
-        qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
+        q, k = (t.to(torch.float32, memory_format=torch.contiguous_format) for t in (q, k))
         if c.qk_norm:
-            weight = torch.cat([self.q_norm.weight.expand(c.n_head, 1, -1),
-                                self.k_norm.weight.expand(c.n_kv_head, 1, -1)])
-            qk = Normalize.apply(qk, weight, c.norm_eps)
-        qk = rotate(qk, cos, sin).to(v.dtype)
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)  # (B, n_head or n_kv_head, T, head_size)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(t, cos, sin).to(v.dtype) for t in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
         if c.n_kv_head < c.n_head:  # each head of keys and values serves a group of queries
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
-        y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)
-        return self.o_proj(y.to(x.dtype))
+        y = attention(q, k, v).to(q.dtype)  # (B, n_head, T, head_size)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class SwiGLU(nn.Module):
@@ -166,7 +165,7 @@ class LlamaBlock(nn.Module):
         self.self_attn = GroupedAttention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)  # GPT-2's against overfitting; 0 in a Llama
+        self.dropout = nn.Dropout(config.dropout)  # against overfitting; a Llama itself has none
 
     def forward(self, x, cos, sin, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
@@ -214,14 +213,16 @@ class Muon(torch.optim.Optimizer):
     hidden layers in neural networks". With weight decay: Liu et al. 2025, arXiv:2502.16982.
 
     A matrix of more rows than columns is taken in square pieces and a rest, so that queries, keys
-    and values, n_embd rows each as a rule, are kept apart, and no factor is needed for the shape.
-    Pieces of one shape are multiplied together.
+    and values, n_embd rows each as a rule, are kept apart, and Jordan's factor for tall matrices,
+    sqrt(rows / columns), is always 1. Pieces of one shape are multiplied together.
+
+    Settings as torch.optim.Muon's: lr, momentum, weight_decay, ns_steps; and bf16, to multiply in.
     """
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            pieces = defaultdict(list)  # (weights, direction) by shape
+            pieces = defaultdict(list)  # (weights, gradient ahead) by shape
             for p in group['params']:
                 state = self.state[p]
                 if not state:
@@ -231,11 +232,11 @@ class Muon(torch.optim.Optimizer):
                 if group['bf16']:  # a direction needs few digits
                     ahead = ahead.bfloat16()
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                for piece, direction in zip(p.split(p.size(1)), ahead.split(p.size(1))):
-                    pieces[piece.shape].append((piece, direction))
+                for piece, gradient in zip(p.split(p.size(1)), ahead.split(p.size(1))):
+                    pieces[piece.shape].append((piece, gradient))
             for same_shape in pieces.values():
-                weights, directions = zip(*same_shape)
-                updates = orthogonal(torch.stack(directions), group['ns_steps'])
+                weights, gradients = zip(*same_shape)
+                updates = orthogonal(torch.stack(gradients), group['ns_steps'])
                 for piece, update in zip(weights, updates):
                     piece.sub_(update, alpha=group['lr'])
 
@@ -244,8 +245,8 @@ def orthogonal(matrices, steps):
     """(N, rows, columns), rows <= columns, to the same shape, singular values brought near 1.
 
     Newton-Schulz: products alone turn each singular value s <= 1 into a s + b s^3 + c s^5, `steps`
-    times. With Jordan's a, b and c, 5 steps bring those from 0.002 up to between 0.7 and 1.2, 3
-    steps those from 0.02 up; smaller ones stay smaller.
+    times. With Jordan's a, b and c, 5 steps take every s from 0.002 to 1 into 0.68 to 1.21, 3
+    steps every s from 0.02 to 1; smaller ones stay smaller.
     """
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)  # all s <= 1
     for _ in range(steps):

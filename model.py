@@ -276,7 +276,7 @@ def next_token_loss(logits, targets):
     """Mean cross-entropy in nats: logits (..., V), targets (...) int64; -1: not counted."""
     logits = logits.flatten(0, -2).float()  # bf16 has too few digits for a log-sum-exp
     total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='sum')
-    return total / (targets != -1).sum().clamp(min=1)
+    return total / (targets != -1).sum().clamp(min=1)  # reduction='mean' is NaN if none counts
 
 
 # --- sampling

@@ -115,8 +115,10 @@ def peak_flops(device, dtype, tflops=0.0):
     if device.type != 'cuda' or dtype not in (torch.bfloat16, torch.float16):
         return 0
     words = f' {torch.cuda.get_device_name(device)} '.replace('-', ' ')
-    if ' MIG ' in words or ' NVL ' in words or (' T4 ' in words and dtype != torch.float16):
+    if {'MIG', 'NVL', 'Laptop', 'Ti', 'D'} & {*words.split()}:
         return 0  # a slice of a card, or another card under the same name
+    if ' T4 ' in words and dtype != torch.float16:  # it has no bf16
+        return 0
     return next((t * 1e12 for name, t in PEAK_TFLOPS.items() if f' {name} ' in words), 0)
 
 
@@ -165,7 +167,7 @@ class Ranks:
         return tensor
 
     def any(self, flag):
-        """Whether `flag` is true on any rank; on the CPU side, so that nobody waits for a GPU."""
+        """Whether `flag` is true on any rank; asked on the CPU, so that nobody waits for a GPU."""
         return self.sum(torch.tensor(float(flag))).item() > 0 if self.world_size > 1 else flag
 
     def from_main(self, value):
@@ -202,7 +204,7 @@ def compiled(raw, cfg, device, amp, example):
         print(f'torch.compile failed ({reason}): going on without it; '
               '--compile=false says so at once')
         model = raw
-    raw.zero_grad(set_to_none=True)
+    raw.zero_grad()
     return model
 
 
@@ -217,7 +219,7 @@ def build(cls, config, weights, device, shard=False, seed=0):
     with torch.device('meta') if shard else contextlib.nullcontext():
         model = cls(config)
     if weights is None:
-        torch.manual_seed(seed)  # here, since building the modules may have drawn numbers
+        torch.manual_seed(seed)  # here, since cls(config) has drawn numbers
     if not shard:
         try:
             model.init_weights() if weights is None else model.load_state_dict(weights)
@@ -257,7 +259,8 @@ def like(tensor, p):
 def whole(value):
     """`value`, a tensor or nested dicts, with all that is sharded gathered.
 
-    All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead.
+    All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead, but
+    for scalars, which all get.
     """
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}

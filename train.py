@@ -51,7 +51,7 @@ class TrainConfig:
     # data
     dataset: str = 'openwebtext'  # the folder data/<dataset> with train.bin and val.bin
     gradient_accumulation_steps: int = 40  # micro-batches per update, over all processes together
-    batch_size: int = 12  # texts per micro-batch: as many as memory allows
+    batch_size: int = 12  # sequences per micro-batch: as many as memory allows
     block_size: int = 1024  # tokens of context: attention costs its square
     # model
     init_from: str = 'scratch'  # scratch, resume, a checkpoint, or Hugging Face's: gpt2, a folder
@@ -61,7 +61,7 @@ class TrainConfig:
     n_head: int = 12  # attention heads; n_embd must divide by it
     n_embd: int = 768  # width: numbers that stand for a token in each block
     dropout: float = 0.0  # 0 for pretraining; 0.1 or 0.2 when the text is small
-    bias: bool = False  # biases in Linear and LayerNorm: GPT-2 has them, without is a bit better
+    bias: bool = False  # biases in Linear and LayerNorm: GPT-2 has them, without is a bit faster
     gelu: str = 'erf'  # the exact GELU; tanh is the form of OpenAI's GPT-2 weights
     n_kv_head: int | None = None  # llama: heads of keys and values; none means n_head
     qk_norm: bool = True  # llama: norms on queries and keys; steadier, and a lower loss
@@ -77,7 +77,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # on matrices; never on biases and norms
     beta1: float = 0.9  # AdamW's decay of the gradient's running mean
     beta2: float = 0.95  # and of its square's; 0.99 when a batch has few tokens
-    grad_clip: float = 1.0  # longest gradient, as a norm; 0 doesn't clip
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     decay_lr: bool = True  # false keeps the learning rate constant, from the first update on
     warmup_iters: int = 2000  # iterations of linear rise to the peak
     lr_decay_iters: int | None = None  # iteration at which min_lr is reached; none means max_iters
@@ -96,7 +96,7 @@ class TrainConfig:
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
         counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
-                  'block_size', 'max_iters', 'muon_steps')
+                  'block_size', 'max_iters', 'muon_steps', 'n_kv_head')
         choices = dict(model=[*MODELS], optimizer=['adamw', 'muon'], model_size=['', *MODEL_SIZES])
         for name, value in vars(self).items():
             if name in choices and value not in choices[name]:
@@ -161,10 +161,10 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
     model.eval()
     for name, split in splits.items():
         total, count = 0.0, 0
-        for x, y, share in evaluation_batches(split, cfg, ranks, device):
+        for x, y, done in evaluation_batches(split, cfg, ranks, device):
             if ranks.any(stop.received):
                 return {}
-            progress.show(share, f'evaluating {name}: {share:.0%}')
+            progress.show(done, f'evaluating {name}: {done:.0%}')
             with amp:
                 _, loss = model(x, y, loss_only=True)
             counted = (y != -1).sum().item()
@@ -196,7 +196,7 @@ def train(cfg):
     process.
     """
     ranks = Ranks.from_environment()
-    cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)
+    cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has all anyway
     micro_batches = cfg.gradient_accumulation_steps
     if micro_batches % ranks.world_size:
         nearest = math.ceil(micro_batches / ranks.world_size) * ranks.world_size
@@ -235,10 +235,11 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             restore(optimizers, scaler, checkpoint)
             start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
             log_end = checkpoint['log']
-            former_end = checkpoint['config'].get('max_iters')  # its last row is not in the log
+            # A finished run wrote its last row after ckpt.pt, so that is evaluated again.
+            former_end = checkpoint['config'].get('max_iters')
             progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
                          f'goes on from {learning_rate(cfg, start):.3g}')
-        # A resumed run should be asked for as before; for new ones, a default is no wish.
+        # Name what the checkpoint overrides; of a new run, not settings left at their default.
         default = {} if checkpoint else vars(TrainConfig())
         overridden = [f'{name}={value}' for name, value in vars(cfg).items()
                       if getattr(asked, name) not in (None, value, default.get(name))]
@@ -258,7 +259,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
 
     batches = training_batches(data.splits['train'], cfg, ranks, device, start)
     x, y = next(batches)
-    net = runtime.compiled(raw, cfg, device, amp, (x, y))
+    net = runtime.compiled(raw, cfg, device, amp, (x, y))  # raw, perhaps by torch.compile
     model = runtime.wrap(net, ranks, cfg.shard)  # net, with gradients averaged over the ranks
     log = Log(cfg, ranks, log_end)
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
@@ -279,7 +280,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     for it in range(start, cfg.max_iters + 1):
         last, improved, losses = it == cfg.max_iters, False, {}
         began = time.perf_counter()
-        if it % cfg.eval_interval == 0 or last or it == former_end:
+        if it % cfg.eval_interval == 0 or last or it == start == former_end:
             splits = {name: data.splits[name] for name in ('train', 'val')}
             losses = evaluate(net, splits, cfg, ranks, device, amp, stop, progress)
         if losses:
@@ -299,7 +300,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             log.open()
             best = {
                 'model': runtime.whole_weights(raw),
-                # nanoGPT knows no gelu; it is in config
+                # without gelu, so that nanoGPT can load it; config has it
                 'model_args': {k: v for k, v in vars(raw.config).items() if k != 'gelu'},
                 'iter_num': it,  # the next update
                 'best_val_loss': best_val_loss,
@@ -317,7 +318,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 save(f'{cfg.out_dir}/ckpt.pt', state)
             if ranks.is_main and improved:
                 save(f'{cfg.out_dir}/best.pt', best)
-            ranks.any(False)  # all wait: torchrun ends the others soon after the first has ended
+            ranks.any(False)  # all wait, or else torchrun soon ends rank 0, which still saves
             del best, state  # whole copies, if the model is sharded
         if stopping:
             saved = f'{cfg.out_dir}/ckpt.pt is saved: to go on, add --init_from=resume'
@@ -344,9 +345,9 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
 
         # ---- TRAINING: all that moves the weights is from here ...
         seed = np.random.SeedSequence((cfg.seed, it, ranks.rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(seed[0]))  # for dropout
+        torch.manual_seed(int(seed[0]))  # for dropout: as before if resumed, another on each rank
         rate = learning_rate(cfg, it)
-        muon_rate = cfg.muon_lr * rate / (cfg.learning_rate or 1)
+        muon_rate = cfg.muon_lr * rate / (cfg.learning_rate or 1)  # not 0 / 0
         for optimizer, its_rate in zip(optimizers, (rate, muon_rate)):
             for group in optimizer.param_groups:
                 group['lr'] = its_rate
@@ -368,7 +369,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             for optimizer in optimizers:
                 scaler.step(optimizer)
         scaler.update()
-        raw.zero_grad(set_to_none=True)
+        raw.zero_grad()
         # ---- ... to here
 
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1

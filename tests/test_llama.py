@@ -57,11 +57,11 @@ def test_no_position_sees_a_later_one():
     assert not torch.allclose(before[:, 31], after[:, 31])
 
 
-@pytest.mark.parametrize('weight_shape', [(16,), (4, 1, 16)])
-def test_the_norm_and_its_gradients_are_torchs(weight_shape):
+@pytest.mark.parametrize('shape', [(3, 7, 16), (3, 4, 7, 16)])
+def test_the_norm_and_its_gradients_are_torchs(shape):
     torch.manual_seed(0)
-    x, grad = torch.randn(2, 3, 4, 7, 16)
-    x, weight = x.requires_grad_(), torch.randn(weight_shape, requires_grad=True)
+    x, grad = torch.randn(2, *shape)
+    x, weight = x.requires_grad_(), torch.randn(16, requires_grad=True)
     ours = Normalize.apply(x, weight, 0.1)
     theirs = torch.nn.functional.rms_norm(x, (16,), eps=0.1) * weight
     assert torch.allclose(ours, theirs, atol=1e-5)
