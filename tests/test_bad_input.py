@@ -147,6 +147,7 @@ TABLE = {
     'negative clip': (tiny(grad_clip=-1), ['grad_clip is -1'], nothing),
     'heads do not divide': (tiny(n_embd=30, n_head=4), ['n_embd=30', 'n_head=4', 'multiple'],
                             nothing),
+    'zero heads of keys': (tiny(model='llama', n_kv_head=0), ['n_kv_head is 0'], nothing),
     'unknown model': (tiny(model='rnn'), ["'rnn'", 'bigram'], nothing),
     'unknown size': (tiny(model_size='gpt9'), ["'gpt9'", 'gpt2-xl'], nothing),
     'unknown activation': (tiny(gelu='relu'), ["'relu'", 'tanh'], nothing),

@@ -851,6 +851,8 @@ H100 = 989e12
 @pytest.mark.parametrize('name, peak', [
     ('NVIDIA H100 80GB HBM3', H100), ('NVIDIA H100 NVL', None), ('NVIDIA H200 NVL', None),
     ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA GeForce RTX 4090', 165e12), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+    ('NVIDIA GeForce RTX 4090 D', None), ('NVIDIA GeForce RTX 3090 Ti', None),
 ])
 def test_the_peak_is_the_full_cards_own(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)

@@ -138,6 +138,14 @@ def test_a_finished_run_can_be_extended(tiny, capsys):
         train.train(TrainConfig(**RUN | dict(init_from='resume')))
 
 
+def test_an_interrupted_run_that_is_extended_is_evaluated_when_due(tiny, monkeypatch, capsys):
+    run = RUN | dict(max_iters=10, eval_interval=4)
+    stop_at(monkeypatch, 6, TrainConfig(**run))
+    capsys.readouterr()
+    train.train(TrainConfig(**run | dict(init_from='resume', max_iters=14)))
+    assert [it for it, *_ in steps(capsys.readouterr().out)] == [8, 12, 14]
+
+
 @pytest.mark.parametrize('change', [
     dict(n_layer=3, n_head=4, n_embd=64, block_size=8, bias=True, gelu='tanh'),
     dict(model='bigram'), dict(model_size='gpt2'),
