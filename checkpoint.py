@@ -11,6 +11,7 @@ import glob
 import os
 import warnings
 from dataclasses import fields, replace
+from itertools import count
 from textwrap import shorten
 
 import torch
@@ -42,17 +43,23 @@ def save(path, checkpoint):
 def set_aside(out_dir):
     """Move a former run's files in `out_dir` to `out_dir/previous`; returns whether it did.
 
-    What was in `previous` is then in `previous/previous`: nothing is deleted.
+    What was `previous` is then `previous-1`, or the next free number: nothing is deleted.
     """
-    names = [name for name in ('previous', 'loss.png', 'log.csv', 'best.pt', 'ckpt.pt')
-             if os.path.exists(os.path.join(out_dir, name))]
-    if not {'ckpt.pt', 'best.pt'} & {*names}:
+    files = [os.path.join(out_dir, name) for name in ('loss.png', 'log.csv', 'best.pt', 'ckpt.pt')]
+    if not os.path.exists(files[-1]) and not os.path.exists(files[-2]):
         return False  # a run that saved nothing must not displace one that did
-    unfinished = os.path.join(out_dir, 'previous.tmp')
-    os.makedirs(unfinished, exist_ok=True)
-    for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(unfinished, name))
-    os.replace(unfinished, os.path.join(out_dir, 'previous'))
+    previous = os.path.join(out_dir, 'previous')
+    try:
+        if os.path.exists(previous):
+            older = (f'{previous}-{number}' for number in count(1))
+            os.rename(previous, next(path for path in older if not os.path.exists(path)))
+        os.mkdir(previous)
+        for path in files:
+            if os.path.exists(path):
+                os.rename(path, os.path.join(previous, os.path.basename(path)))
+    except OSError as error:
+        raise UserError(f'cannot move the former run in {out_dir} away ({error.strerror}): choose '
+                        'another --out_dir') from None
     return True
 
 
@@ -97,7 +104,11 @@ def load_checkpoint(path, mmap=False):
         if not is_gpt2 and not os.path.exists(os.path.join(folder, 'meta.json')):
             raise UserError(f'{path} holds no tokenizer and there is no {folder}/meta.json: '
                             'prepare that dataset first')
-        checkpoint['tokenizer'] = read_meta(folder)['tokenizer']
+        checkpoint['tokenizer'] = state = read_meta(folder)['tokenizer']
+        rows, known = checkpoint['model_args'].get('vocab_size', 0), state['vocab_size']
+        if known > rows or (state['type'] == 'char' and known < rows):
+            raise UserError(f'{path} is for {rows} tokens, but {folder} has {known}: prepare the '
+                            'text there that it was trained on')
     return checkpoint
 
 
@@ -150,7 +161,8 @@ def starting_point(cfg, tokenizer, ranks, device):
         vocab_size = 50304 if tokenizer.vocab_size == 50257 else tokenizer.vocab_size
         cls, config = class_and_config(vars(cfg), {'vocab_size': vocab_size})
     elif is_pretrained(cfg.init_from):
-        refuse_other_tokens(cfg.init_from, tokenizer_of(cfg.init_from).state(), state)
+        theirs = tokenizer_of(cfg.init_from).state()
+        refuse_other_tokens(cfg.init_from, theirs, state, cfg.init_from)
         model = None if from_rank_0 else LanguageModel.from_pretrained(cfg.init_from, cfg.dropout)
         cls, config = ranks.from_main(model and (type(model), model.config))
         weights = model and model.state_dict()
@@ -160,7 +172,11 @@ def starting_point(cfg, tokenizer, ranks, device):
         if resume and checkpoint['tokenizer'] != state:
             raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: for '
                              f'a new run from it, give --init_from={path} and another --out_dir')
-        if resume and checkpoint['iter_num'] > cfg.max_iters:
+        optimizer = checkpoint['config'].get('optimizer', 'adamw')
+        if resume and not cfg.eval_only and optimizer != cfg.optimizer:
+            raise ValueError(f'{path} was trained with {optimizer}, not {cfg.optimizer}: add '
+                             f'--optimizer={optimizer}')
+        if resume and not cfg.eval_only and checkpoint['iter_num'] > cfg.max_iters:
             raise ValueError(f'{path} is at iteration {checkpoint["iter_num"]} already, past '
                              f'max_iters={cfg.max_iters}: give a larger --max_iters')
         adapt_alphabet(checkpoint, state, path)
@@ -179,12 +195,11 @@ def starting_point(cfg, tokenizer, ranks, device):
     return replace(cfg, **actual), model, checkpoint if resume else None
 
 
-def refuse_other_tokens(path, theirs, state):
+def refuse_other_tokens(path, theirs, state, tokenizer):
     """Raise ValueError unless the weights of `path` are for the dataset's tokens."""
     if theirs != state:
-        kind = theirs['type'] if theirs['type'] != 'huggingface' else 'FOLDER'
         raise ValueError(f'{path} was trained on {theirs["type"]} tokens, the dataset has other '
-                         f'({state["type"]}) ones: prepare it with --tokenizer={kind}')
+                         f'({state["type"]}) ones: prepare it with --tokenizer={tokenizer}')
 
 
 def adapt_alphabet(checkpoint, state, path):
@@ -195,7 +210,8 @@ def adapt_alphabet(checkpoint, state, path):
     """
     weights, theirs = checkpoint['model'], checkpoint['tokenizer']
     if not theirs['type'] == state['type'] == 'char' or theirs == state:
-        return refuse_other_tokens(path, theirs, state)
+        tokenizer = theirs['type'].replace('huggingface', 'FOLDER')
+        return refuse_other_tokens(path, theirs, state, tokenizer)
     if 'table.weight' in weights:
         raise ValueError(f'{path} is a bigram of another alphabet: train one from scratch')
     common = [char for char in state['chars'] if char in theirs['chars']]
@@ -229,7 +245,6 @@ def restore(optimizers, scaler, checkpoint):
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:
         raise ValueError(
-            "the checkpoint's optimizer does not fit the model or --optimizer "
-            f'({shorten(repr(error), 120)}): begin a new run from the weights with '
-            '--init_from=OUT_DIR/ckpt.pt and another --out_dir'
+            f"the checkpoint's optimizer does not fit its model ({shorten(repr(error), 120)}): "
+            'for a new run from it, give --init_from=OUT_DIR/ckpt.pt and another --out_dir'
         ) from None

@@ -37,7 +37,7 @@ def pick_device(name):
             return torch.device('cuda')
         return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # fails on meta, for one
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
@@ -371,8 +371,8 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise UserError(f'cannot write {self.path} ({error.strerror}): free some space, '
-                            'then go on with --init_from=resume') from None
+            raise UserError(f'cannot write {self.path} ({error.strerror}): make room or '
+                            'let us write, then go on with --init_from=resume') from None
 
     def position(self):
         """What a checkpoint keeps of the log, to go on from there."""

@@ -159,5 +159,5 @@ def prompt_ids(tokenizer, text):
         text = tokenizer.chars[0]  # it is the default, but not every text has line breaks
     ids = tokenizer.encode(text).tolist()
     if not ids and tokenizer.eot is None:
-        raise UsageError('the prompt is empty: give at least one character with --start=TEXT')
+        raise UsageError('the prompt is empty: give at least one character, as in --start=TEXT')
     return ids or [tokenizer.eot]

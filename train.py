@@ -56,7 +56,7 @@ class TrainConfig:
     # model
     init_from: str = 'scratch'  # scratch, resume, a checkpoint, or Hugging Face's: gpt2, a folder
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
-    model_size: str = ''  # a name from model.py's table, instead of the three below
+    model_size: str = ''  # a name from model.py's table, for what is not set of the three below
     n_layer: int = 12  # depth: how many blocks, one after the other
     n_head: int = 12  # attention heads; n_embd must divide by it
     n_embd: int = 768  # width: numbers that stand for a token in each block
@@ -97,7 +97,8 @@ class TrainConfig:
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
         counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
                   'block_size', 'max_iters', 'muon_steps', 'n_kv_head')
-        choices = dict(model=[*MODELS], optimizer=['adamw', 'muon'], model_size=['', *MODEL_SIZES])
+        choices = dict(model=[*MODELS], optimizer=['adamw', 'muon'], model_size=['', *MODEL_SIZES],
+                       backend=['auto', 'nccl', 'gloo'])
         for name, value in vars(self).items():
             if name in choices and value not in choices[name]:
                 raise UsageError(f'{name}={value!r} must be one of {choices[name]}')
@@ -110,7 +111,9 @@ class TrainConfig:
             raise UsageError('optimizer=muon needs whole matrices inside blocks: use a gpt or a '
                              'llama, without --shard')
         if self.model_size:
-            self.n_layer, self.n_head, self.n_embd = MODEL_SIZES[self.model_size]
+            for name, value in zip(('n_layer', 'n_head', 'n_embd'), MODEL_SIZES[self.model_size]):
+                if getattr(self, name) == getattr(TrainConfig, name):  # its default
+                    setattr(self, name, value)
             self.model_size = ''  # or `replace` would undo a checkpoint's shape
 
 
@@ -212,26 +215,27 @@ def train(cfg):
               f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
     with (
         console.locked(cfg.out_dir) if ranks.is_main and not cfg.eval_only else nullcontext(),
-        ranks.joined(device, cfg.backend), stop_signal(ranks.is_main) as stop,
-        runtime.out_of_memory(remedy),
+        ranks.joined(device, cfg.backend), runtime.out_of_memory(remedy),
     ):
-        return training_run(cfg, ranks, device, dtype, stop, progress)
+        with console.user_errors():
+            data = Dataset(cfg.dataset, ranks)
+        with stop_signal(ranks.is_main and not cfg.eval_only) as stop:
+            return training_run(cfg, data, ranks, device, dtype, stop, progress)
 
 
-def training_run(cfg, ranks, device, dtype, stop, progress):
+def training_run(cfg, data, ranks, device, dtype, stop, progress):
     """What `train` does, once there is a device, a process group, and a lock on out_dir."""
     # ---- set up: data, model, optimizers, and where in the run they stand
     # Matrix products inside are in `dtype`; what needs the digits stays in float32.
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with console.user_errors():
-        data = Dataset(cfg.dataset, ranks)
         asked = cfg
         cfg, raw, checkpoint = starting_point(asked, data.tokenizer, ranks, device)
         optimizers = make_optimizers(raw, cfg, dtype)
         # Small gradients would be 0 in float16: they are scaled up for the time of backward.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         start, best_val_loss, log_end, former_end = 0, math.inf, None, None
-        if checkpoint:
+        if checkpoint and not cfg.eval_only:
             restore(optimizers, scaler, checkpoint)
             start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
             log_end = checkpoint['log']
@@ -251,9 +255,10 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
         unit = 'character' if data.tokenizer.state()['type'] == 'char' else 'token'
         losses = evaluate(raw, data.splits, cfg, ranks, device, amp, stop, progress)
         if not losses:
-            raise KeyboardInterrupt
+            sys.exit(128 + (stop.received or signal.SIGTERM))
         for name, loss in losses.items():
-            progress.say(f'{name}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, '
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            progress.say(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
                          f'{loss / math.log(2):.4f} bits per {unit}')
         return None
 
@@ -275,6 +280,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     # How the model's text begins, for the hint at the end; not if the model can't read it.
     start_flag = [f'--start={cfg.sample_start}'] if cfg.sample_start != '\n' else []
     bad_in_a_row, skipped, evaluation_seconds = 0, (log_end or {}).get('skipped', 0), 0.0
+    tokens = (log_end or {}).get('tokens', start * update_tokens)  # seen so far
     since, updates = time.perf_counter(), 0  # since the log's last row
 
     for it in range(start, cfg.max_iters + 1):
@@ -312,7 +318,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 'optimizer': runtime.whole(optimizers[0].state_dict()),
                 'muon': [optimizer.state_dict() for optimizer in optimizers[1:]],
                 'scaler': scaler.state_dict(),
-                'log': log.position() | {'skipped': skipped},
+                'log': log.position() | {'skipped': skipped, 'tokens': tokens},
             }
             if ranks.is_main:
                 save(f'{cfg.out_dir}/ckpt.pt', state)
@@ -336,8 +342,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
             evaluation_seconds = time.perf_counter() - began
             since += evaluation_seconds  # which doesn't count as training time
         row = {
-            'iteration': it, 'tokens': it * update_tokens,
-            'epochs': it * update_tokens / epoch_tokens,
+            'iteration': it, 'tokens': tokens, 'epochs': tokens / epoch_tokens,
             'train_eval_loss': losses.get('train'), 'val_loss': losses.get('val'),
         }
         if last:
@@ -379,7 +384,7 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
                 f'loss or gradient were not finite ten times in a row, up to iteration {it} '
                 f'(loss {loss}): {cfg.out_dir}/ckpt.pt, if there is one, is still good. {REMEDIES}'
             )
-        updates += 1
+        updates, tokens = updates + 1, tokens + update_tokens
         seconds = (time.perf_counter() - since) / updates
         speed = update_tokens / seconds
         mfu = speed * flops_per_token / peak_flops if peak_flops else None
@@ -409,8 +414,9 @@ def training_run(cfg, ranks, device, dtype, stop, progress):
     command = [sys.orig_argv[0], script.removeprefix(os.getcwd() + os.sep),
                f'--out_dir={cfg.out_dir}', *start_flag]
     took = clock(time.perf_counter() - log.began)
+    weights = 'best.pt' if os.path.exists(f'{cfg.out_dir}/best.pt') else 'ckpt.pt'
     progress.say(f'best val loss {best_val_loss:.4f} after {took}, weights in '
-                 f'{cfg.out_dir}/best.pt\nnow: {shlex.join(command)}')
+                 f'{cfg.out_dir}/{weights}\nnow: {shlex.join(command)}')
     return best_val_loss
 
 

@@ -152,6 +152,8 @@ TABLE = {
     'unknown size': (tiny(model_size='gpt9'), ["'gpt9'", 'gpt2-xl'], nothing),
     'unknown activation': (tiny(gelu='relu'), ["'relu'", 'tanh'], nothing),
     'no cuda': (tiny(device='cuda:7'), ['cuda:7', '--device=cpu'], nothing, REAL),
+    'device without numbers': (tiny(device='meta'), ['meta', '--device=cpu'], nothing),
+    'unknown backend': (tiny(backend='tcp'), ["'tcp'", 'gloo'], nothing),
     'no such device': (tiny(device='gpu'), ['gpu', 'cuda'], nothing),
     'unknown dtype': (tiny(dtype='int4'), ['int4', 'bfloat16'], nothing),
     'float16 on cpu': (tiny(dtype='float16'), ['float16', 'bfloat16'], nothing),

@@ -116,6 +116,9 @@ def test_every_config_is_valid(path):
 def test_model_size_by_name():
     cfg = settings('--model_size=gpt2-medium')
     assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == MODEL_SIZES['gpt2-medium']
+    # What is given besides wins, as with nanoGPT, whose train_gpt2.py takes --n_layer.
+    cfg = settings(os.path.join(ROOT, 'config', 'train_gpt2_medium.py'), '--n_layer=3')
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == (3, 16, 1024)
     with pytest.raises(UsageError, match='gpt2-xl'):
         settings('--model_size=gpt5')
 

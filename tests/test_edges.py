@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 import bench
 import checkpoint as checkpoints
 import console
+import dataset
 import model as gpt
 import prepare_text
 import runtime
@@ -248,9 +250,30 @@ def test_the_same_command_again_keeps_the_former_run(tiny, capsys):
     second = {name: data for name, data in contents('out').items() if '/' not in name}
     assert second['ckpt.pt'] != former['ckpt.pt']
     run(seed=2)
-    assert contents('out/previous/previous') == former
-    assert {name: data for name, data in contents('out/previous').items()
-            if '/' not in name} == second
+    assert contents('out/previous-1') == former and contents('out/previous') == second
+    third = contents('out')['ckpt.pt']
+    run(seed=3)
+    assert contents('out/previous-1') == former and contents('out/previous-2') == second
+    assert contents('out/previous')['ckpt.pt'] == third
+
+
+def test_a_kill_or_an_error_while_a_former_run_is_moved_loses_nothing(tiny, monkeypatch):
+    run()
+    former, rename = contents('out'), os.rename
+
+    def failing(source, target):
+        if source.endswith('ckpt.pt'):
+            raise PermissionError(13, 'Permission denied')
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'rename', failing)
+        with pytest.raises(UserError, match='cannot move the former run in out away .Permission.*out_d'):
+            run(seed=1)
+    run(seed=2)
+    run(seed=3)
+    kept = contents('out/previous-1') | contents('out/previous-2')
+    assert {name: kept[name] for name in former} == former
 
 
 def test_a_run_that_could_not_save_displaces_no_former_run(tiny, monkeypatch):
@@ -962,3 +985,55 @@ def test_a_nanogpt_checkpoint_is_not_resumed_on_another_alphabet(tiny, error_of)
     error = error_of(train.main, *flags(**RUN | dict(dataset='other', init_from='resume')))
     assert 'other tokens' in error and '--init_from=out/ckpt.pt' in error
     run(init_from='resume', max_iters=2)
+
+
+@pytest.mark.parametrize('text', ['a few letters', ''.join(map(chr, range(32, 300)))])
+def test_a_nanogpt_checkpoint_whose_dataset_has_changed_is_refused(tiny, error_of, text):
+    """Its letters are in meta.json alone: with other ones, it would write nonsense."""
+    run(max_iters=1)
+    state = torch.load('out/ckpt.pt', weights_only=True)
+    rows = state['model_args']['vocab_size']
+    del state['tokenizer']
+    torch.save(state, 'out/ckpt.pt')
+    os.remove('out/best.pt')
+    prepare_text.prepare(text * 50, 'tiny')
+    resume = train.main, *flags(**RUN | dict(init_from='resume', max_iters=2, block_size=4))
+    for command in (resume, (sample.main, '--out_dir=out')):
+        error = error_of(*command)
+        assert f'is for {rows} tokens, but data/tiny has {len(set(text))}' in error
+
+
+def test_a_run_is_resumed_by_its_own_optimizer(tiny, error_of, capsys):
+    run(max_iters=2, optimizer='muon')
+    error = error_of(train.main, *flags(**RUN | dict(init_from='resume', max_iters=3)))
+    assert 'trained with muon, not adamw: add --optimizer=muon' in error
+    run(init_from='resume', eval_only=True, max_iters=1)  # which takes no optimizer, nor an update
+    assert 'val: loss ' in capsys.readouterr().out
+
+
+def test_a_huge_loss_can_be_evaluated(tiny, monkeypatch, capsys):
+    run(max_iters=1)
+    monkeypatch.setattr(train, 'evaluate', lambda *_: {'val': 1000.0})
+    run(init_from='out', eval_only=True)
+    assert 'val: loss 1000.0000, perplexity inf' in capsys.readouterr().out
+
+
+def test_the_last_line_names_a_file_that_is_there(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'evaluate', lambda *_: dict(train=3.0, val=math.nan))
+    run(max_iters=1)
+    assert not os.path.exists('out/best.pt')
+    assert 'weights in out/ckpt.pt\n' in capsys.readouterr().out
+
+
+def test_tokens_are_counted_when_the_batch_changes(tiny):
+    run(max_iters=3)
+    run(max_iters=5, init_from='resume', batch_size=8)
+    update = RUN['gradient_accumulation_steps'] * RUN['batch_size'] * RUN['block_size']
+    assert [int(row['tokens']) for row in log_rows()] == [update * n for n in (0, 1, 2, 3, 5, 7)]
+
+
+def test_ctrl_c_while_a_dataset_is_made_ends_quietly(tiny, monkeypatch, capfd):
+    monkeypatch.setattr(dataset.subprocess, 'run', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset='wizard_char')
+    assert capfd.readouterr().out == ''

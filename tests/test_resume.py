@@ -148,7 +148,7 @@ def test_an_interrupted_run_that_is_extended_is_evaluated_when_due(tiny, monkeyp
 
 @pytest.mark.parametrize('change', [
     dict(n_layer=3, n_head=4, n_embd=64, block_size=8, bias=True, gelu='tanh'),
-    dict(model='bigram'), dict(model_size='gpt2'),
+    dict(model='bigram'), dict(model_size='gpt2', n_layer=12, n_head=12, n_embd=768),
 ], ids=str)
 def test_a_resumed_run_has_its_checkpoints_shape(tiny, monkeypatch, capsys, change):
     """As nanoGPT's: the flags of the shape are overridden, which one line says."""
