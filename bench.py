@@ -58,7 +58,7 @@ def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
 
 def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
-    device, dtype = runtime.settle(cfg)
+    device, dtype = runtime.device_and_dtype(cfg)
     runtime.tune(device)
     model = ready(GPT(GPTConfig(**shape)), device, dtype, quantize)
     speeds = []
@@ -118,7 +118,7 @@ def main(argv):
     cfg = override(BenchConfig(), argv, usage=__doc__)
     if cfg.row:
         return measure(cfg)
-    device, dtype = runtime.settle(cfg)
+    device, dtype = runtime.device_and_dtype(cfg)
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
     chosen = {name: arguments for name, (_, arguments) in ROWS.items()
               if cfg.only in name and (gpus or arguments is not ON_CUDA)}

@@ -20,7 +20,7 @@ from console import UserError, atomic_file
 from dataset import read_meta
 from llama import Llama, LlamaConfig
 from model import GPT, MODEL_SIZES, Bigram, GPTConfig, LanguageModel
-from runtime import build, like
+from runtime import build, placed_like
 from tokenizer import tokenizer_from, tokenizer_of
 
 MODELS = {
@@ -235,7 +235,7 @@ def restore(optimizers, scaler, checkpoint):
         states = [checkpoint['optimizer'], *checkpoint.get('muon', [])]
         for optimizer, saved in zip(optimizers, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group['params']]
-            moments = {i: {name: value if name == 'step' else like(value, params[i])
+            moments = {i: {name: value if name == 'step' else placed_like(value, params[i])
                            for name, value in state.items()}
                        for i, state in saved['state'].items()}
             groups = [own | {'params': theirs['params']} for own, theirs

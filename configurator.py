@@ -61,7 +61,7 @@ def run_file(path):
                          '--key=value')
     try:
         names = runpy.run_path(found)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f'config file {path} fails ({type(error).__name__}: {error}): '
                          'mend it, it must be plain assignments') from None
     return {name: value for name, value in names.items()

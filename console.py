@@ -26,6 +26,8 @@ class UsageError(UserError):
 
 def run(main):
     """Call a script's `main(argv)` with UTF-8 output; a UserError is printed as one line."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # closed by >&-
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding='utf-8', errors='replace')
     try:
@@ -39,9 +41,10 @@ def run(main):
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except OSError as error:
         discard_output()
-        sys.exit(0)
+        # After a broken pipe the reader, `head` say, has seen enough.
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f'error: {error}')
 
 
 @contextlib.contextmanager

@@ -173,9 +173,10 @@ def export(model, tokenizer, folder):
 
 def main(argv):
     cfg = override(ExportConfig(), argv, usage=__doc__)
-    if not cfg.to or os.path.exists(cfg.to):
+    if not cfg.to or os.path.lexists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     parent = os.path.dirname(os.path.abspath(cfg.to))
+    os.makedirs(parent, exist_ok=True)
     with console.user_errors(), tempfile.TemporaryDirectory(dir=parent) as unfinished:
         folder = os.path.join(unfinished, 'folder')
         export(*load_model(cfg.out_dir), folder)

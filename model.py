@@ -352,7 +352,7 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1')
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so little that the logits would overflow
         return logits.argmax(dim=-1, keepdim=True)
     ids = None  # which token each column stands for, once they are not all there in order
     if top_k is not None and top_k < logits.size(-1):

@@ -45,7 +45,7 @@ def read_log(folder):
                     if None not in row.values()]  # the last may be half written
         if not rows:
             raise ValueError('it has no rows')
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, csv.Error) as error:
         raise UserError(f'cannot draw {path} ({error}): wait for the first evaluation, or leave '
                         'this run out') from None
     return dict(zip(COLUMNS, np.array(rows).T))

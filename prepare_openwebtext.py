@@ -34,6 +34,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
+from textwrap import shorten
 
 import console
 from configurator import override
@@ -63,7 +64,8 @@ def reading(name):
     """Inside, whatever can't be read is a UserError that names the archive."""
     try:
         yield
-    except (lzma.LZMAError, tarfile.TarError, EOFError, OSError, ValueError, LookupError) as why:
+    except (lzma.LZMAError, tarfile.TarError, EOFError, OSError, ValueError, LookupError,
+            NotImplementedError) as why:  # the last is pyarrow's, for columns of numbers
         raise UserError(f'{name!r} is damaged ({" ".join(str(why).split())}): put a whole one '
                         'there, or delete it if it was downloaded, and run this again') from None
 
@@ -140,17 +142,24 @@ class Output:
 
     `done` counts tokens, documents and more, and says how far the input is done: whole files,
     tasks of the next file, the share of it all. What a killed run wrote after that is cut off.
+    `sizes` has the [path, bytes] of local inputs: those that are done must still be the same.
     """
 
-    def __init__(self, folder, begun_with, downloads):
+    def __init__(self, folder, begun_with, sizes, downloads):
         self.folder, self.begun_with, self.downloads = folder, begun_with, downloads
+        self.sizes = sizes
         self.path, self.done = os.path.join(folder, 'progress.json'), Counter()
         if os.path.exists(self.path):
             with open(self.path, encoding='utf-8') as file, reading(self.path):
-                before, done = json.load(file)
+                before, done, read = json.load(file)
             if before != begun_with:
                 raise UserError(f'{self.path} was begun with {before}, but now it is '
                                 f'{begun_with}: go back to that, or delete it to begin anew')
+            now = sizes[: len(read)]
+            # The last one is not done: if it was damaged, a whole one may have taken its place.
+            if [path for path, _ in now] != [path for path, _ in read] or now[:-1] != read[:-1]:
+                raise UserError(f'{self.path} was begun with {shorten(str(read), 150)}, which is '
+                                'not there now: put that back, or delete it to begin anew')
             self.done.update(done)
         self.files, self.saved = {}, time.monotonic()
         for split in ('val', 'train'):
@@ -179,7 +188,8 @@ class Output:
             file.flush()
             os.fsync(file.fileno())
         with atomic_file(self.path) as file:
-            file.write(json.dumps([self.begun_with, self.done]).encode())
+            read = self.sizes[: self.done['files'] + 1]
+            file.write(json.dumps([self.begun_with, self.done, read]).encode())
         self.saved = time.monotonic()
         for path in self.downloads[: self.done['files']]:  # no longer needed
             if os.path.exists(path):
@@ -211,9 +221,10 @@ class Output:
 
 def download(path, progress):
     """Get a subset; path.part, which a broken connection or a kill has left, is gone on with."""
-    name, opener = os.path.basename(path), urllib.request.build_opener(HttpsOnly)
+    name, trouble = os.path.basename(path), ''
+    opener = urllib.request.build_opener(HttpsOnly)
     for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
-        if wait:
+        if trouble:
             progress.say(f'{name}: {trouble}; trying again in {wait} s')
             time.sleep(wait)
         try:
@@ -264,12 +275,13 @@ def prepare(cfg):
     inputs = files_in(cfg.input) if cfg.input else [os.path.join(folder, n) for n in SUBSETS]
     if not inputs:
         raise UsageError(f'input={cfg.input} must be a file, or a folder, of {" ".join(SUFFIXES)}')
-    begun_with = {'input': source, 'val_fraction': cfg.val_fraction,
-                  'bytes': sum(map(os.path.getsize, inputs)) if cfg.input else 0}
+    begun_with = {'input': source, 'val_fraction': cfg.val_fraction}
+    sizes = [[path, os.path.getsize(path)] for path in inputs] if cfg.input else []
     progress, workers = console.Progress(), cfg.num_proc or min(8, os.cpu_count() or 1)
     with (
         console.locked(folder),
-        contextlib.closing(Output(folder, begun_with, [] if cfg.input else inputs)) as output,
+        contextlib.closing(
+            Output(folder, begun_with, sizes, [] if cfg.input else inputs)) as output,
         ProcessPoolExecutor(workers, initializer=start_worker) as pool,
     ):
         done, start, began = output.done, output.done.copy(), time.monotonic()
@@ -292,6 +304,9 @@ def prepare(cfg):
         output.publish(source)
     progress.say(f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from {source}: '
                  f'{done["documents"]:,} documents ({done["repaired"]:,} repaired)')
+    if not done['val']:
+        progress.say(f'none of them is to validate on: before training, prepare {folder} again '
+                     f'with more than val_fraction={cfg.val_fraction}')
     if not cfg.input and done['documents'] != DOCUMENTS:
         raise UserError(f'{folder} is whole, but has {done["documents"]:,} documents instead of '
                         f'{DOCUMENTS:,}: look into what changed at {URL} before you train on it')

@@ -42,10 +42,10 @@ def read_text(paths):
     """
     files = []
     for path in paths:
-        inside = sorted(glob.glob(os.path.join(glob.escape(path), '*.txt')))
+        inside = sorted(glob.glob(os.path.join(glob.escape(path), '*.[tT][xX][tT]')))
         if os.path.isdir(path) and not inside:
             raise UserError(f'the folder {path} has no .txt file: name the files')
-        files += inside or [path]
+        files += inside if os.path.isdir(path) else [path]
     texts = []
     for path in files:
         try:
@@ -83,9 +83,12 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
     tokens = {split: len(array) for split, array in ids.items()}
     folder = os.path.join('data', dataset)
     with contextlib.ExitStack() as files:  # closes in reverse: train.bin appears last of all
+        files.enter_context(console.locked(folder))
         for split, array in ids.items():
             file = files.enter_context(atomic_file(os.path.join(folder, f'{split}.bin')))
             file.write(array.data)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk must show before write_meta removes old files
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         meta = write_meta(folder, encoder, source, sha256, tokens)
     counts = ', '.join(f'{count:,} {split}' for split, count in tokens.items())

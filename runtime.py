@@ -178,7 +178,7 @@ class Ranks:
         return values[0]
 
 
-def settle(cfg, ranks=Ranks()):
+def device_and_dtype(cfg, ranks=Ranks()):
     """The device and the dtype of a run."""
     device = pick_device(cfg.device)
     if device.type == 'cuda' and ranks.world_size > 1:
@@ -241,11 +241,11 @@ def build(cls, config, weights, device, shard=False, seed=0):
             whole = weights.get(name)
             if getattr(whole, 'shape', None) != p.shape:
                 raise ValueError(f'the weights do not fit the model that comes with them: {name}')
-        p.data.copy_(like(whole, p))
+        p.data.copy_(placed_like(whole, p))
     return model
 
 
-def like(tensor, p):
+def placed_like(tensor, p):
     """`tensor`, from rank 0, where and as the weight `p` is: on its device, sharded as it is."""
     if tensor.shape != p.shape:
         raise ValueError(f'{tuple(tensor.shape)} in the place of {tuple(p.shape)}')
@@ -256,25 +256,25 @@ def like(tensor, p):
     return tensor.to(p.device).contiguous()
 
 
-def whole(value):
+def gathered(value):
     """`value`, a tensor or nested dicts, with all that is sharded gathered.
 
     All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead, but
     for scalars, which all get.
     """
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: gathered(item) for key, item in value.items()}
     if not hasattr(value, 'full_tensor'):
         return value
     full = value.full_tensor()
     return full.cpu() if dist.get_rank() == 0 or not full.dim() else None
 
 
-def whole_weights(model):
-    """The state dict of `model` with whole tensors, see `whole`; shared weights stay shared."""
+def gathered_weights(model):
+    """The state dict of `model` with whole tensors, see `gathered`; shared weights stay shared."""
     state = model.state_dict(keep_vars=True)
-    gathered = {p: whole(p.detach()) for p in dict.fromkeys(state.values())}
-    return {name: gathered[p] for name, p in state.items()}
+    by_weight = {p: gathered(p.detach()) for p in dict.fromkeys(state.values())}
+    return {name: by_weight[p] for name, p in state.items()}
 
 
 def wrap(model, ranks, shard):

@@ -95,7 +95,7 @@ class Text:
 
 def print_samples(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
-    device, dtype = runtime.settle(cfg)
+    device, dtype = runtime.device_and_dtype(cfg)
     runtime.tune(device)
     if cfg.init_from == 'resume':
         model, tokenizer = load_model(cfg.out_dir)
@@ -111,7 +111,8 @@ def print_samples(cfg, prompt):
               file=sys.stderr)
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    texts = [Text(prompt, ids, tokenizer.decode, cfg.stop) for _ in range(cfg.num_samples)]
+    stop = cfg.stop.replace('\\n', '\n')
+    texts = [Text(prompt, ids, tokenizer.decode, stop) for _ in range(cfg.num_samples)]
     for tokens in stream(
         model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator,
         tokenizer.vocab_size,

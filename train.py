@@ -184,7 +184,8 @@ UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\uff
 
 def sample_text(model, tokenizer, cfg, device, amp):
     """A short text by the model as it is now, for whoever watches."""
-    prompt = torch.tensor([prompt_ids(tokenizer, cfg.sample_start)], device=device)
+    start = cfg.sample_start.replace('\\n', '\n')  # a shell passes \n as two characters
+    prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     with amp:
         ids = model.generate(prompt, cfg.sample_tokens, 0.8, top_p=0.95, generator=generator,
@@ -207,7 +208,7 @@ def train(cfg):
         keep = '' if rest else f', and batch_size={batch_size} keeps the size of an update'
         raise UsageError(f'gradient_accumulation_steps={micro_batches} cannot be shared among '
                          f'{ranks.world_size} processes: {nearest} can{keep}')
-    device, dtype = runtime.settle(cfg, ranks)
+    device, dtype = runtime.device_and_dtype(cfg, ranks)
     progress = Progress(enabled=ranks.is_main)
     if warning := runtime.tune(device, cfg.shard):
         progress.say(warning)
@@ -299,13 +300,13 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         stopping = ranks.any(stop.received)
         # Nothing is saved at iteration 0: there is nothing yet that a user could lose.
         if it > 0 and (stopping or improved or (losses and cfg.always_save_checkpoint)):
-            if not runtime.whole(torch.nn.utils.get_total_norm(raw.parameters())).isfinite():
+            if not runtime.gathered(torch.nn.utils.get_total_norm(raw.parameters())).isfinite():
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
             if ranks.is_main and not log.is_open() and set_aside(cfg.out_dir):
                 progress.say(f'the former run in {cfg.out_dir} is now in {cfg.out_dir}/previous')
             log.open()
             best = {
-                'model': runtime.whole_weights(raw),
+                'model': runtime.gathered_weights(raw),
                 # without gelu, so that nanoGPT can load it; config has it
                 'model_args': {k: v for k, v in vars(raw.config).items() if k != 'gelu'},
                 'iter_num': it,  # the next update
@@ -315,7 +316,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                 'format': {'name': 'ozgpt', 'version': 1},
             }
             state = best | {
-                'optimizer': runtime.whole(optimizers[0].state_dict()),
+                'optimizer': runtime.gathered(optimizers[0].state_dict()),
                 'muon': [optimizer.state_dict() for optimizer in optimizers[1:]],
                 'scaler': scaler.state_dict(),
                 'log': log.position() | {'skipped': skipped, 'tokens': tokens},
@@ -368,7 +369,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             scaler.unscale_(optimizer)
         # A rare long gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
-        loss, norm = ranks.sum(mean_loss).item(), runtime.whole(norm).item()
+        loss, norm = ranks.sum(mean_loss).item(), runtime.gathered(norm).item()
         is_finite = math.isfinite(loss + norm)
         if is_finite:  # one bad batch must not spoil the weights
             for optimizer in optimizers:

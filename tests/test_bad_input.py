@@ -122,6 +122,8 @@ TABLE = {
     'file with an error': (['train.py', 'c.py'], ['c.py', 'NameError'],
                            put('c.py', 'x = y')),
     'file that is not text': (['train.py', 'c.py'], ['c.py', 'utf-8'], put('c.py', b'\xff\xfe')),
+    'file that exits': (['train.py', 'c.py'], ['c.py', 'SystemExit'],
+                        put('c.py', 'raise SystemExit')),
     'folder as a file': (['train.py', 'data'], ['data', '--key=value'], nothing),
     'wrong type': (['train.py', '--max_iters=many'], ['many', 'whole number'], nothing),
     'float for an int': (['train.py', '--batch_size=1.5'], ['1.5', 'whole number'], nothing),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, STORY
 
+import console
 import prepare_text
 import prepare_shakespeare_char
 import prepare_wizard_char
@@ -61,6 +62,8 @@ def test_several_files_and_folders(folder):
         (folder / 'texts' / name).write_text(text)
     (folder / 'z.txt').write_text('ZZZ')
     assert prepare_text.read_text(['z.txt', 'texts']) == 'ZZZ\nAAA\nBBB'
+    with pytest.raises(UserError, match='cannot read  .Is a directory'):
+        prepare_text.read_text([''])  # as from an unset variable: not the current folder
 
 
 def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
@@ -73,10 +76,13 @@ def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(UserError, match='No space left'):
         prepare_text.prepare('something new altogether ' * 10, 'my')
-    after = contents('data/my')
-    # the old dataset, or none: never a mixture, never a piece
-    assert not [name for name in after if name.endswith('.tmp')]
-    assert after == before or 'train.bin' not in after
+    assert contents('data/my') == before
+
+
+def test_two_do_not_prepare_one_dataset_at_once(folder):
+    with console.locked('data/my'):
+        with pytest.raises(UserError, match='another process is writing into data/my'):
+            prepare_text.prepare('some text ' * 10, 'my')
 
 
 def test_wizard_without_a_network(folder, monkeypatch, capsys):

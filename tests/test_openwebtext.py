@@ -243,8 +243,30 @@ def test_another_input_is_not_mixed_in(bpe, folder):
     with pytest.raises(UserError, match='progress.json.*0.1.*0.2'):
         prepare('--input=in', '--val_fraction=0.2')
     write('in/a.xz', b'a')
-    with pytest.raises(UserError, match="begun with .*'bytes'"):
+    with pytest.raises(UserError, match='begun with .*subset00-1_data.*not there now'):
         prepare('--input=in')
+
+
+def test_files_that_are_done_must_stay_and_a_damaged_one_may_be_mended(bpe, folder, monkeypatch):
+    monkeypatch.setattr(owt, 'SAVE_SECONDS', 0)
+    documents = make_documents()
+    third = len(documents) // 3
+    tars = {name: make_tar(make_archives(documents[i * third : (i + 1) * third], 3, subset=i))
+            for i, name in enumerate(('a.tar', 'b.tar', 'c.tar'))}
+    for name, data in tars.items():
+        write(f'in/{name}', data if name != 'c.tar' else data[: len(data) // 2])
+    with pytest.raises(UserError, match='c.tar. is damaged'):
+        prepare('--input=in')
+    os.rename('in/a.tar', 'in/z.tar')
+    with pytest.raises(UserError, match='begun with .*in/a.tar.*not there now'):
+        prepare('--input=in')
+    write('in/a.tar', tars['a.tar'] + bytes(512))
+    os.remove('in/z.tar')
+    with pytest.raises(UserError, match='begun with .*in/a.tar.*not there now'):
+        prepare('--input=in')
+    write('in/a.tar', tars['a.tar'])
+    write('in/c.tar', tars['c.tar'])
+    assert prepare('--input=in') == reference(documents[: 3 * third])
 
 
 def test_files_that_progress_json_does_not_fit(bpe, folder):

@@ -82,6 +82,12 @@ def test_stop_in_a_real_run(trained, capsys):
         assert ' ' not in text.strip('\n') and len(text) < 200
 
 
+def test_a_line_break_can_be_typed_as_the_stop_string(trained, capsys):
+    sample.main(['--start=The', '--stop=\\n', '--num_samples=1', '--max_new_tokens=300'])
+    out = capsys.readouterr().out
+    assert len(out) < 300 and out.count('\n') == 1
+
+
 def test_samples_side_by_side_equal_samples_alone(trained):
     model, tokenizer = load_model('out')
     prompt = torch.tensor([tokenizer.encode('The ').tolist(), tokenizer.encode('Toto').tolist()])

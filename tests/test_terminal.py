@@ -7,7 +7,7 @@ import sys
 import termios
 
 import pytest
-from conftest import TINY, flags, forked
+from conftest import TINY, flags, forked, script
 
 import console
 import train
@@ -192,6 +192,24 @@ console.run(main)
     code, output = in_terminal(folder / 'fails.py')
     assert code == 1 and screen(output) == ['━' * 10 + '╌' * 10 + ' half of it',
                                             'error: that was all', '']
+
+
+@pytest.mark.parametrize('name', ['stdout', 'stderr'])
+def test_a_closed_output_is_no_error(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        console.run(lambda argv: print('nobody reads this'))
+    assert not ended.value.code
+
+
+def test_a_full_disk_behind_the_output_is_one_line(folder):
+    (folder / 'fails.py').write_text("""
+import console
+console.run(lambda argv: open('/dev/full', 'w').write('x' * 100_000))
+""")
+    result = script(folder / 'fails.py')
+    assert result.returncode == 1 and result.stderr.startswith('error: [Errno 28] No space left')
+    assert result.stderr.count('\n') == 1
 
 
 def test_what_a_model_writes_cannot_move_the_cursor(tiny, monkeypatch, capsys):
