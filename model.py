@@ -290,12 +290,12 @@ class KVCache:
         self.length = 0  # positions filled
 
     def append(self, k, v):
-        """Add k and v; return all S keys and values so far, each (B, n_head, S, head_size)."""
+        """Add k and v; return all S keys and values so far, each (B, heads, S, head_size)."""
         if self.kv is None:
-            B, n_head, _, head_size = k.shape
+            B, heads, _, head_size = k.shape
             # In float32, attention for a single query is faster on a CPU.
             dtype = torch.float32 if k.device.type == 'cpu' else k.dtype
-            self.kv = k.new_empty((2, B, n_head, self.room, head_size), dtype=dtype)
+            self.kv = k.new_empty((2, B, heads, self.room, head_size), dtype=dtype)
         start, self.length = self.length, self.length + k.size(2)
         self.kv[0, :, :, start : self.length] = k
         self.kv[1, :, :, start : self.length] = v

@@ -284,7 +284,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     tokens = (log_end or {}).get('tokens', start * update_tokens)  # seen so far
     since, updates = time.perf_counter(), 0  # since the log's last row
 
-    for it in range(start, cfg.max_iters + 1):
+    for it in range(start, cfg.max_iters + 1):  # evaluate and save if due, then update
         last, improved, losses = it == cfg.max_iters, False, {}
         began = time.perf_counter()
         if it % cfg.eval_interval == 0 or last or it == start == former_end:
