@@ -1,6 +1,6 @@
 # Tiny Shakespeare by characters, by today's architecture and optimizer: a validation loss of 1.473
-# nats per character (1.485 over the whole split), after 209 s on two slow CPU cores with bf16,
-# where config/train_shakespeare_char_cpu.py got 1.546 (1.550) in 205 s. Chance moves it by a
+# nats per character (1.485 over the whole split), after 201 s on two slow CPU cores with bf16,
+# where config/train_shakespeare_char_cpu.py got 1.546 (1.550) in 183 s. Chance moves it by a
 # hundredth or two: with 2,160 updates on one thread it was 1.466 over the whole split, with
 # muon_lr=0.02 there 1.478. Tried before, over the whole split, for 2,000 updates with gate and up
 # as one matrix, so differences below 0.02 decide little:
