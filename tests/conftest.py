@@ -92,11 +92,16 @@ def script(name, *args, processes=1, input='', env=None, timeout=120):
     return result
 
 
-def forked(name, args, files):
-    """Start a script in a fork of this process, with `files` as its standard ones."""
+def forked(name, args, files, others=()):
+    """Start a script in a fork of this process, with `files` as its standard ones.
+
+    others: file descriptors that are not for it.
+    """
     def work():
         for i, file in enumerate(files):
             os.dup2(file.fileno(), i)
+        for descriptor in others:
+            os.close(descriptor)
         sys.stdin, sys.stdout, sys.stderr = (
             open(i, mode, encoding='utf-8', closefd=False) for i, mode in enumerate('rww'))
         sys.argv = [os.path.join(ROOT, name), *args]
@@ -105,6 +110,14 @@ def forked(name, args, files):
     process = multiprocessing.get_context('fork').Process(target=work)
     process.start()
     return process
+
+
+def piped(name, *args):
+    """Start a script in a fork: its process, its output and its errors, to be read."""
+    (output, out), (errors, err) = os.pipe(), os.pipe()
+    with open(os.devnull) as nothing, open(out, 'wb') as out, open(err, 'wb') as err:
+        process = forked(name, args, [nothing, out, err], [output, errors])
+    return process, open(output, encoding='utf-8'), open(errors, encoding='utf-8')
 
 
 def free_port():

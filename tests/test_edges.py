@@ -9,14 +9,13 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STORY, TINY, flags, train_together
+from conftest import ROOT, STORY, TINY, flags, piped, train_together
 from torch.nn import functional as F
 
 import bench
@@ -306,17 +305,16 @@ def test_only_one_run_at_a_time_and_no_harm_before_its_first_save(tiny, error_of
     run(max_iters=3)
     before = contents('out')
     long = flags(**RUN | dict(max_iters=10**6, eval_interval=10**6))
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *long],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process, output, errors = piped('train.py', *long)
     try:
-        assert any(line.startswith('iter 1:') for line in process.stdout), process.stderr.read()
+        assert any(line.startswith('iter 1:') for line in output), errors.read()
         for more in ({}, {'init_from': 'resume', 'max_iters': 9}):
             error = error_of(train.main, *flags(**RUN | more))
             assert 'another process' in error and 'out' in error
         run(out_dir='elsewhere', max_iters=1)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert contents('out') == before
     run(max_iters=1)  # the lock is gone with its process
     assert contents('out/previous') == before

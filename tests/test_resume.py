@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, steps, train_together
+from conftest import ROOT, TINY, flags, piped, steps, train_together
 
 import train
 from checkpoint import load_checkpoint
@@ -188,11 +188,12 @@ LONG = RUN | dict(max_iters=100_000, eval_interval=100_000)
 
 
 def test_ctrl_c_ends_the_run_in_good_order(tiny):
-    process = start(**LONG)
-    wait_for(process, 'iter 5:')
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and not err
+    process, output, errors = piped('train.py', *flags(**LONG))
+    assert any(line.startswith('iter 5:') for line in output), errors.read()
+    os.kill(process.pid, signal.SIGINT)
+    out = output.read()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT and not errors.read()
     stopped = int(out.split('stopped at iteration ')[1].split(';')[0])
     assert 'out/ckpt.pt is saved' in out and '--init_from=resume' in out
     ckpt = load_checkpoint('out/ckpt.pt')

@@ -1,16 +1,15 @@
 """What goes wrong while a run is under way costs at most what came after the last save."""
 
+import contextlib
 import csv
 import errno
 import os
 import pickle
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags
+from conftest import TINY, flags, piped, script
 
 import prepare_text
 import runtime
@@ -110,27 +109,30 @@ def test_a_sample_that_fails_loses_nothing(tiny, monkeypatch, capsys):
 
 def test_a_reader_that_goes_away_does_not_stop_the_training(tiny):
     """python train.py | head -3"""
-    command = [sys.executable, os.path.join(ROOT, 'train.py'), *flags(**RUN)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0, process.stderr.read()
+    process, output, errors = piped('train.py', *flags(**RUN))
+    output.readline()
+    output.close()
+    process.join(60)
+    assert process.exitcode == 0, errors.read()
     assert load_checkpoint('out/ckpt.pt')['iter_num'] == 12
 
 
+@contextlib.contextmanager
 def limited(size):
-    """No file may grow beyond `size` bytes, as if the disk were full."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    """Inside, no file may grow beyond `size` bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_checkpoint_as_it_was(tiny):
     train.train(TrainConfig(**RUN))
     before = {name: open(f'out/{name}', 'rb').read() for name in ('ckpt.pt', 'best.pt')}
-    full = subprocess.run(
-        [sys.executable, os.path.join(ROOT, 'train.py'),
-         *flags(**RUN | dict(init_from='resume', max_iters=20))],
-        capture_output=True, text=True, preexec_fn=limited(50_000), timeout=60,
-    )
+    with limited(50_000):
+        full = script('train.py', *flags(**RUN | dict(init_from='resume', max_iters=20)))
     assert full.returncode == 1 and full.stderr.count('\n') == 1
     assert full.stderr.startswith('error: cannot write out/') and 'free some space' in full.stderr
     assert {name: open(f'out/{name}', 'rb').read() for name in before} == before
@@ -174,11 +176,11 @@ def test_a_checkpoint_cannot_run_code(tiny):
     torch.save({'model': {}, 'model_args': {}, 'config': Bomb()}, 'out/ckpt.pt')
     with open('out/best.pt', 'wb') as file:
         pickle.dump(Bomb(), file)
-    for script, args in ((sample, ['--init_from=out/ckpt.pt']), (sample, ['--out_dir=out']),
+    for module, args in ((sample, ['--init_from=out/ckpt.pt']), (sample, ['--out_dir=out']),
                          (train, flags(**RUN | dict(init_from='resume'))),
                          (train, flags(**RUN | dict(init_from='out', out_dir='tuned')))):
         with pytest.raises(UserError, match='might run code') as error:
-            script.main(args)
+            module.main(args)
         assert '\n' not in str(error.value)
     assert not os.path.exists('exploded')
     with pytest.raises(FileExistsError):  # it would have: this is what plain pickle does
