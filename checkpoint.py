@@ -45,8 +45,9 @@ def set_aside(out_dir):
 
     What was `previous` is then `previous-1`, or the next free number: nothing is deleted.
     """
-    files = [os.path.join(out_dir, name) for name in ('loss.png', 'log.csv', 'best.pt', 'ckpt.pt')]
-    if not os.path.exists(files[-1]) and not os.path.exists(files[-2]):
+    names = [name for name in ('loss.png', 'log.csv', 'best.pt', 'ckpt.pt')
+             if os.path.exists(os.path.join(out_dir, name))]
+    if not {'ckpt.pt', 'best.pt'} & {*names}:
         return False  # a run that saved nothing must not displace one that did
     previous = os.path.join(out_dir, 'previous')
     try:
@@ -54,9 +55,8 @@ def set_aside(out_dir):
             older = (f'{previous}-{number}' for number in count(1))
             os.rename(previous, next(path for path in older if not os.path.exists(path)))
         os.mkdir(previous)
-        for path in files:
-            if os.path.exists(path):
-                os.rename(path, os.path.join(previous, os.path.basename(path)))
+        for name in names:
+            os.rename(os.path.join(out_dir, name), os.path.join(previous, name))
     except OSError as error:
         raise UserError(f'cannot move the former run in {out_dir} away ({error.strerror}): choose '
                         'another --out_dir') from None
@@ -100,12 +100,12 @@ def load_checkpoint(path, mmap=False):
         ) from None
     if not checkpoint.get('tokenizer'):  # nanoGPT keeps it with the dataset, but for GPT-2's
         folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
-        is_gpt2 = checkpoint['model_args'].get('vocab_size', 0) >= 50257
-        if not is_gpt2 and not os.path.exists(os.path.join(folder, 'meta.json')):
+        rows = checkpoint['model_args'].get('vocab_size', 0)
+        if rows < 50257 and not os.path.exists(os.path.join(folder, 'meta.json')):
             raise UserError(f'{path} holds no tokenizer and there is no {folder}/meta.json: '
                             'prepare that dataset first')
         checkpoint['tokenizer'] = state = read_meta(folder)['tokenizer']
-        rows, known = checkpoint['model_args'].get('vocab_size', 0), state['vocab_size']
+        known = state['vocab_size']
         if known > rows or (state['type'] == 'char' and known < rows):
             raise UserError(f'{path} is for {rows} tokens, but {folder} has {known}: prepare the '
                             'text there that it was trained on')

@@ -176,11 +176,13 @@ def main(argv):
     if not cfg.to or os.path.lexists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     parent = os.path.dirname(os.path.abspath(cfg.to))
-    os.makedirs(parent, exist_ok=True)
-    with console.user_errors(), tempfile.TemporaryDirectory(dir=parent) as unfinished:
-        folder = os.path.join(unfinished, 'folder')
-        export(*load_model(cfg.out_dir), folder)
-        os.rename(folder, cfg.to)
+    with console.user_errors():
+        model, tokenizer = load_model(cfg.out_dir)
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as unfinished:
+            folder = os.path.join(unfinished, 'folder')
+            export(model, tokenizer, folder)
+            os.rename(folder, cfg.to)
     print(f'{cfg.to}: {", ".join(sorted(os.listdir(cfg.to)))}')
 
 

@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
 def replace_layers(model, kinds, make):
     """Put `make(weight, bias)` in the place of every layer of these kinds; one for each weight."""
     made = {}
-    for name, layer in list(model.named_modules()):
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, kinds):
             if layer.weight not in made:
                 made[layer.weight] = make(layer.weight, getattr(layer, 'bias', None))

@@ -62,7 +62,7 @@ def flags(**settings):
 def script(name, *args, processes=1, input='', env=None, timeout=120):
     """Run one of the scripts in the current folder as a user would; under torchrun for several.
 
-    One process, unless it needs another environment, is forked, since torch is loaded here already.
+    One process, unless it needs another environment, is forked: torch is loaded here already.
     """
     if processes == 1 and not env:
         with contextlib.ExitStack() as stack:

@@ -267,7 +267,8 @@ def test_a_kill_or_an_error_while_a_former_run_is_moved_loses_nothing(tiny, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, 'rename', failing)
-        with pytest.raises(UserError, match='cannot move the former run in out away .Permission.*out_d'):
+        words = 'cannot move the former run in out away .Permission.*out_d'
+        with pytest.raises(UserError, match=words):
             run(seed=1)
     run(seed=2)
     run(seed=3)
