@@ -8,20 +8,19 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
+from itertools import count
+from textwrap import shorten
 
 
 class UserError(Exception):
     """What a user can correct: one line with what is wrong, the value, and what to do."""
 
-    exit_code = 1
-
 
 class UsageError(UserError):
     """A wrong flag or setting."""
-
-    exit_code = 2
 
 
 def run(main):
@@ -38,7 +37,7 @@ def run(main):
                 print(flush=True)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
@@ -62,6 +61,16 @@ def user_errors():
 
 
 @contextlib.contextmanager
+def file_errors(failed, remedy):
+    """Turn what keeps files inside from being written into a UserError that ends in `remedy`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
+        reason = getattr(error, 'strerror', None) or shorten(str(error), 100)
+        raise UserError(f'{failed} ({reason}): {remedy}') from error
+
+
+@contextlib.contextmanager
 def atomic_file(path):
     """Open a temporary binary file that replaces `path`, once on disk, if all goes well inside.
 
@@ -69,19 +78,18 @@ def atomic_file(path):
     """
     temporary, folder = f'{path}.tmp', os.path.dirname(path) or '.'
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with file_errors(f'cannot write {path}', 'free some space or choose another folder; '
+                         'what was there before is untouched'):
+            os.makedirs(folder, exist_ok=True)
+            with open(temporary, 'wb') as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every system can flush a folder
             handle = os.open(folder, os.O_RDONLY)
             os.fsync(handle)  # the rename is on disk when the folder is
             os.close(handle)
-    except OSError as error:
-        raise UserError(f'cannot write {path} ({error.strerror}): free some space or choose '
-                        'another folder; what was there before is untouched') from error
     finally:
         with contextlib.suppress(OSError):  # after a success it is not there any more
             os.remove(temporary)
@@ -94,13 +102,9 @@ def locked(folder):
     The lock ends with the process, however that ends. A new folder that stays empty is removed.
     """
     is_new, handle = not os.path.isdir(folder), None
-    try:
+    with file_errors(f'cannot write into {folder}', 'choose another folder'):
         os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make the folder {folder} ({error.strerror}): choose '
-                        'another') from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'cannot write into {folder}: choose another folder')
+        tempfile.TemporaryFile(dir=folder).close()
     try:
         with contextlib.suppress(ImportError, OSError):  # no locks: Windows, some network drives
             import fcntl
@@ -120,6 +124,26 @@ def locked(folder):
                 os.rmdir(folder)
 
 
+def set_aside(out_dir):
+    """Move a former run's files in `out_dir` to `out_dir/previous`; returns whether it did.
+
+    What was `previous` is then `previous-1`, or the next free number: nothing is deleted.
+    """
+    names = [name for name in ('loss.png', 'log.csv', 'best.pt', 'ckpt.pt')
+             if os.path.exists(os.path.join(out_dir, name))]
+    if not {'ckpt.pt', 'best.pt'} & {*names}:
+        return False  # a run that saved nothing must not displace one that did
+    previous = os.path.join(out_dir, 'previous')
+    with file_errors(f'cannot move the former run in {out_dir} away', 'choose another --out_dir'):
+        if os.path.exists(previous):
+            older = (f'{previous}-{number}' for number in count(1))
+            os.rename(previous, next(path for path in older if not os.path.exists(path)))
+        os.mkdir(previous)
+        for name in names:
+            os.rename(os.path.join(out_dir, name), os.path.join(previous, name))
+    return True
+
+
 class Progress:
     """One live line at the bottom of a terminal; in a file or a pipe, a line every ten seconds."""
 
@@ -130,10 +154,14 @@ class Progress:
         self.live = enabled and sys.stdout.isatty() and os.environ.get('TERM') != 'dumb'
         self.shown = time.perf_counter()
 
-    def say(self, text):
-        """Print lines that stay."""
-        self.write(('\r\x1b[K' if Progress.on_screen else '') + text + '\n')
-        Progress.on_screen = False
+    def say(self, text, end='\n'):
+        """Print lines that stay. If the terminal or the pipe is closed, go on without it."""
+        if self.enabled:
+            try:
+                print('\r\x1b[K' * self.live + text, end=end, flush=True)  # over the live line
+            except OSError:
+                discard_output()
+            Progress.on_screen = not end
 
     def show(self, share, text):
         """Show a bar, `share` from 0 to 1 of it full, and `text`; cut to the terminal's width."""
@@ -146,16 +174,7 @@ class Progress:
         room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
         cells = min(20, room - len(text) - 1)
         bar = ('━' * round(cells * share)).ljust(cells, '╌')
-        self.write('\r' + f'{bar} {text}'.strip()[:room] + '\x1b[K')
-        Progress.on_screen = True
-
-    def write(self, text):
-        """Write at once. If the terminal or the pipe is closed, the work goes on without it."""
-        if self.enabled:
-            try:
-                print(text, end='', flush=True)
-            except OSError:
-                discard_output()
+        self.say(f'{bar} {text}'.strip()[:room], end='')
 
 
 def discard_output():

@@ -1,7 +1,8 @@
 """Datasets: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
 
-A .bin file is a row of little-endian uint16 token ids. meta.json has the tokenizer's state,
-vocab_size, the source and the sha256 of its text, and how many tokens each split has.
+prepare_*.py write them. A .bin file is a row of little-endian uint16 token ids. meta.json has the
+tokenizer's state, vocab_size, the source and the sha256 of its text, and how many tokens each
+split has.
 """
 
 import json
@@ -11,8 +12,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from console import UsageError, UserError, atomic_file
+from console import UserError
 from tokenizer import tokenizer_from
 
 # What makes these datasets, when they are asked for and missing.
@@ -23,84 +25,57 @@ PREPARE = {
 }
 
 
-def check_name(dataset):
-    """Raise UsageError unless data/<dataset> is a folder in data/."""
-    if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
-        raise UsageError(f'dataset={dataset!r} must name a folder in data/: try --dataset=my_text')
-
-
-def write_meta(folder, tokenizer, source, sha256, tokens):
-    """Write meta.json for the .bin files that come next, and return what it says.
-
-    The old train.bin and test.bin go first, so that a half-written dataset counts as missing.
-    tokens: how many each split has, by its name.
-    """
-    meta = {
-        'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'source': source,
-        'sha256': sha256, 'tokens': tokens,
-    }
-    with atomic_file(os.path.join(folder, 'meta.json')) as file:
-        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
-        file.flush()  # if the disk is full, the files of before stay
-        for old in ('train.bin', 'test.bin'):
-            Path(folder, old).unlink(missing_ok=True)
-    return meta
-
-
 def read_meta(folder):
     """meta.json; for a dataset without it, as nanoGPT leaves raw GPT-2 ids, its equivalent."""
-    path, pickled = Path(folder, 'meta.json'), Path(folder, 'meta.pkl')
-    if pickled.exists() and not path.exists():
-        raise UserError(
-            f'{pickled} is a pickle, which could run code, and is not read: make a meta.json with '
-            f'python prepare_text.py TEXT --dataset={os.path.basename(folder)}'
-        )
-    if not path.exists():
-        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
     try:
-        meta = json.loads(path.read_text('utf-8'))
-        meta['tokenizer']['type']
+        meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
+        meta['tokenizer']['type']  # a KeyError or TypeError if it is not ours
         return meta
+    except FileNotFoundError:
+        if os.path.exists(f'{folder}/meta.pkl'):
+            raise UserError(f'{folder}/meta.pkl is a pickle, which could run code, and is not '
+                            'read: prepare the dataset with prepare_text.py') from None
+        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f'{path} is broken ({error}): prepare the dataset again') from None
+        raise UserError(f'{folder}/meta.json is broken ({error}): prepare it again') from None
 
 
 class Split:
-    """One .bin file. Plain reads rather than a memory map, whose pages count as our memory."""
+    """One .bin file."""
 
     def __init__(self, path, vocab_size):
         self.path, self.vocab_size = path, vocab_size
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size % 2 or size < 4:
             raise UserError(f'{path} is missing or damaged, with {size} bytes: prepare it again')
-        self.tokens = size // 2
-        self.file = open(path, 'rb', buffering=0)
+        self.file, self.tokens = open(path, 'rb'), size // 2
         if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
-            self.read([0], self.tokens)
+            for start in range(0, self.tokens, 1 << 20):
+                self.ids(np.arange(start, min(start + (1 << 20), self.tokens)))
 
-    def read(self, offsets, length):
-        """`length` ids from each of the B offsets on: (B, length) int64 numpy array."""
-        rows = np.empty((len(offsets), length), '<u2')
-        for row, offset in zip(rows, offsets):
-            self.file.seek(2 * int(offset))
-            self.file.readinto(row)
-        if rows.size and rows.max() >= self.vocab_size:
-            row, column = np.argwhere(rows >= self.vocab_size)[0]
-            raise UserError(
-                f'{self.path} has the id {rows[row, column]} at position {offsets[row] + column}, '
-                f'but the vocabulary ends at {self.vocab_size - 1}: prepare the dataset again'
-            )
-        return rows.astype(np.int64)
+    def ids(self, positions):
+        """The ids at an array of positions. Raises UserError if one is beyond the vocabulary."""
+        # Mapped anew each time, since all pages read so far would count as our memory.
+        ids = np.memmap(self.file, '<u2', 'r')[positions]
+        wrong = ids >= self.vocab_size
+        if wrong.any():
+            raise UserError(f'{self.path} has the id {ids[wrong][0]} at position '
+                            f'{positions[wrong][0]}, but the vocabulary ends at '
+                            f'{self.vocab_size - 1}: prepare the dataset again')
+        return ids
 
     def batch(self, offsets, block_size, device):
-        """Inputs and targets, each (B, block_size) int64 on `device`: y is x one token later."""
-        import torch  # here, so that preparing text starts without it
+        """Inputs and targets from each of the B offsets on: y is x one token later.
 
-        rows = torch.from_numpy(self.read(offsets, block_size + 1))
+        Each is (B, block_size) int64 on `device`. Past the split's end, inputs are 0, targets -1.
+        """
+        positions = np.reshape(offsets, (-1, 1)) + np.arange(block_size + 1)  # (B, T + 1)
+        ids = self.ids(positions.clip(max=self.tokens - 1)).astype(np.int64)
+        rows = torch.from_numpy(np.where(positions < self.tokens, ids, -1))
         if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
             rows = rows.pin_memory().to(device, non_blocking=True)
         rows = rows.to(device)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
 
     def random_offsets(self, seed, count, block_size):
         """Where `count` random windows begin, of `block_size` tokens and the next one."""
@@ -119,7 +94,7 @@ def training_batches(split, cfg, ranks, device, it):
     B, T = cfg.batch_size, cfg.block_size
     while True:
         offsets = split.random_offsets((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
-        for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:  # (micro_steps, B)
+        for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:  # (B,)
             yield split.batch(mine, T, device)
         it += 1
 
@@ -127,30 +102,25 @@ def training_batches(split, cfg, ranks, device, it):
 def evaluation_batches(split, cfg, ranks, device):
     """Yield (x, y, fraction done): `eval_iters` random batches, always the same, or all there is.
 
-    Each rank gets the same number of batches; targets of -1 do not count.
+    Each rank gets the same number of batches, filled up with windows past the end of the split.
     """
     B, T = cfg.batch_size, cfg.block_size
     if cfg.eval_iters:
         # On the train split they begin with those of update 0.
-        offsets, rest = split.random_offsets((cfg.seed, 0), cfg.eval_iters * B, T), 0
+        offsets = split.random_offsets((cfg.seed, 0), cfg.eval_iters * B, T)
     else:
-        offsets, rest = np.arange(0, split.tokens - T, T), (split.tokens - 1) % T
-    batches = [(offsets[i : i + B], T) for i in range(0, len(offsets), B)]
-    if rest:  # a last window that is shorter
-        batches.append(([split.tokens - 1 - rest], rest))
-    for i in range(0, len(batches), ranks.world_size):
-        mine, length = batches[min(i + ranks.rank, len(batches) - 1)]
-        x, y = split.batch(mine, length, device)
-        if i + ranks.rank >= len(batches):  # nothing left for this rank
-            y.fill_(-1)
-        yield x, y, i / len(batches)
+        offsets = np.arange(0, split.tokens - 1, T)
+    fill = -len(offsets) % (ranks.world_size * B)
+    offsets = np.pad(offsets, (0, fill), constant_values=split.tokens)
+    batches = offsets.reshape(-1, ranks.world_size, B)[:, ranks.rank]
+    for i, mine in enumerate(batches):  # (B,)
+        yield *split.batch(mine, T, device), i / len(batches)
 
 
 class Dataset:
     """The splits of data/<name>, and the tokenizer that made them."""
 
     def __init__(self, name, ranks):
-        check_name(name)
         folder = os.path.join('data', name)
         # Rank 0 first; then the first of each machine that doesn't share its disk.
         for is_first in (ranks.is_main, ranks.local_rank == 0):
@@ -168,14 +138,12 @@ class Dataset:
 
 def make(name, folder):
     """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
-    if name in PREPARE:
-        script, *args = PREPARE[name].split()
-        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
-            raise UserError(f'{PREPARE[name]} could not make {folder}: run it by hand to see why')
-        return
-    if name == 'openwebtext':
-        raise UserError(f'{folder} is missing: python prepare_openwebtext.py downloads 12 GB for '
-                        'it; to begin with, python train.py config/train_wizard_char.py')
-    known = sorted({*PREPARE, *(path.parent.name for path in Path('data').glob('*/train.bin'))})
-    raise UserError(f'the dataset {folder} is missing: choose one of {", ".join(known)}, or make '
-                    f'it with python prepare_text.py your.txt --dataset={name}')
+    if name not in PREPARE:
+        made = (path.parent.name for path in Path('data').glob('*/train.bin'))
+        raise UserError(f'the dataset {folder} is missing: choose one of '
+                        f'{", ".join(sorted({*PREPARE, *made}))}, or make it with python '
+                        f'prepare_text.py your.txt --dataset={name} (for openwebtext, which is '
+                        '12 GB, with prepare_openwebtext.py)')
+    script, *args = PREPARE[name].split()
+    if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
+        raise UserError(f'{PREPARE[name]} could not make {folder}: run it by hand to see why')

@@ -24,32 +24,25 @@ from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer, HuggingFaceTokenizer
 
-# What config.json calls the settings of our configs ...
-GPT2_NAMES = dict(
-    block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
-    n_embd='n_embd', gelu='activation_function',
-)
-LLAMA_NAMES = dict(
+# What config.json calls our settings; where a gpt2's has another name for one, it knows this too.
+NAMES = dict(
     block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
     n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size',
     head_size='head_dim', n_hidden='intermediate_size', norm_eps='rms_norm_eps',
     rope_theta='rope_theta', tied='tie_word_embeddings',
 )
 GELUS = {'gelu_new': 'tanh', 'gelu': 'erf'}
-# ... and what else it must say, since with another value the model would compute something else.
-GPT2_ONLY = dict(
+# By model_type: our classes, and what config.json must say besides, since with another value the
+# model would compute something else.
+GPT2 = GPT, GPTConfig, dict(
     tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False,
 )
-LLAMA_ONLY = dict(
+LLAMA = Llama, LlamaConfig, dict(
     hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
-    rope_scaling=False, rope_type='default',
+    rope_type='default',
 )
-FORMS = {  # by model_type
-    'gpt2': (GPT, GPTConfig, GPT2_NAMES, GPT2_ONLY),
-    'llama': (Llama, LlamaConfig, LLAMA_NAMES, LLAMA_ONLY),
-    'qwen3': (Llama, LlamaConfig, LLAMA_NAMES, LLAMA_ONLY),
-}
+FORMS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': LLAMA}
 
 
 @dataclass
@@ -80,38 +73,41 @@ def read_pretrained(cls, name, dropout):
     transformers, ValueError for another architecture, OSError when the weights can't be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers.utils import logging
+    from huggingface_hub.utils import enable_progress_bars  # it comes with transformers
 
+    logging.disable_progress_bar()  # of reading: it would be on the screen before an error
+    enable_progress_bars()  # of a download, which may take long
     kinds = [kind for kind, form in FORMS.items() if issubclass(form[0], cls)]
     kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
     if kind not in kinds:
         raise ValueError(f'{name} has model_type={kind!r}: it must be {" or ".join(kinds)}')
-    model_class, config_class, names, only = FORMS[kind]
-    theirs = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    # transformers 5 keeps rotary settings in a dict of their own, before it they stood here.
-    theirs = {'rope_type': 'default'} | theirs | (theirs.get('rope_parameters') or {})
+    model_class, config_class, only = FORMS[kind]
+    theirs = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    # Rotary settings are in a dict of their own; before transformers 5, only those of its scaling.
+    rope = getattr(theirs, 'rope_parameters', None) or getattr(theirs, 'rope_scaling', None)
+    theirs.update(rope or {})
     for key, value in only.items():
-        if (theirs.get(key) or False) != value:
-            raise ValueError(f'{name} has {key}={theirs.get(key)!r}: it must be {value!r}')
-    settings = {setting: theirs.get(key) for setting, key in names.items()}
+        if getattr(theirs, key, value) != value:
+            raise ValueError(f'{name} has {key}={getattr(theirs, key)!r}: it must be {value!r}')
+    settings = {setting: getattr(theirs, key) for setting, key in NAMES.items()
+                if hasattr(config_class, setting)}
     if kind == 'gpt2':
-        settings['gelu'] = GELUS.get(settings['gelu'], settings['gelu'])
+        settings['gelu'] = GELUS.get(theirs.activation_function, theirs.activation_function)
     else:
         settings['qk_norm'] = kind == 'qwen3'
     model = model_class(config_class(**settings, dropout=dropout))
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-    except RuntimeError as error:
+        weights = loaded.state_dict()
+        for key, weight in hugging_face_weights(model).items():
+            weight.copy_(weights[key])
+    except RuntimeError as error:  # a tensor of another shape
         raise ValueError(f'the weights of {name} do not fit its config.json: '
                          + shorten(str(error), 100)) from None
     if missing := sorted(report['missing_keys']):  # it drew them at random
         raise ValueError(f'{name} has no {shorten(", ".join(missing), 100)}: get it again')
-    weights = loaded.state_dict()
-    for key, weight in hugging_face_weights(model).items():
-        if weight.shape != weights[key].shape:
-            raise ValueError(f'{key} is {tuple(weights[key].shape)}, which is another '
-                             f'architecture: it must be {tuple(weight.shape)}')
-        weight.copy_(weights[key])
     return model
 
 
@@ -125,18 +121,15 @@ def hugging_face_tokenizer(tokenizer):
         return Tokenizer.from_str(tokenizer.json)
     if isinstance(tokenizer, CharTokenizer):
         # The token for unknown characters is itself unknown, so they are an error there as here.
-        vocab = {char: i for i, char in enumerate(tokenizer.chars)}
-        theirs = Tokenizer(models.WordLevel(vocab, unk_token='<unknown>'))
+        theirs = Tokenizer(models.WordLevel(tokenizer.ids, unk_token='<unknown>'))
         theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         theirs.decoder = decoders.Fuse()
         return theirs
     # tiktoken made its tables of these two files, and keeps them. A line of the second is a merge.
-    vocab, merges = (
-        read_file_cached(f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}')
-        for name in ('encoder.json', 'vocab.bpe')
-    )
-    merges = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]
-    theirs = ByteLevelBPETokenizer(json.loads(vocab), merges)
+    url = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+    vocab = json.loads(read_file_cached(url + 'encoder.json'))
+    _, *merges = read_file_cached(url + 'vocab.bpe').decode().splitlines()
+    theirs = ByteLevelBPETokenizer(vocab, [tuple(merge.split()) for merge in merges])
     theirs.add_special_tokens(['<|endoftext|>'])
     return Tokenizer.from_str(theirs.to_str())
 
@@ -144,28 +137,27 @@ def hugging_face_tokenizer(tokenizer):
 def export(model, tokenizer, folder):
     """Write the folder. Raises UserError for a model without such a form, ImportError."""
     c, eot = model.config, tokenizer.eot
+    settings = {key: getattr(c, setting) for setting, key in NAMES.items() if hasattr(c, setting)}
     if isinstance(model, GPT):
-        kind, names = 'gpt2', GPT2_NAMES
-        own = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
-        own['activation_function'] = {ours: theirs for theirs, ours in GELUS.items()}[c.gelu]
+        kind = 'gpt2'
+        settings |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
+        settings['activation_function'] = {ours: theirs for theirs, ours in GELUS.items()}[c.gelu]
     elif isinstance(model, Llama):
-        kind, names, own = 'qwen3' if c.qk_norm else 'llama', LLAMA_NAMES, {}
+        kind = 'qwen3' if c.qk_norm else 'llama'
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    settings = {key: getattr(c, setting) for setting, key in names.items()} | own
     settings['vocab_size'] = tokenizer.vocab_size  # without padding
-    config = transformers.AutoConfig.for_model(
-        kind, **settings, bos_token_id=eot, eos_token_id=eot)
-    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    config = AutoConfig.for_model(kind, **settings, bos_token_id=eot, eos_token_id=eot)
+    theirs = AutoModelForCausalLM.from_config(config)
     weights = theirs.state_dict()  # biases that our model doesn't have are zero there
     for name, weight in hugging_face_weights(model).items():
         weights[name].copy_(weight[: len(weights[name])])
     theirs.save_pretrained(folder)
     fast = hugging_face_tokenizer(tokenizer)
     end = None if eot is None else fast.id_to_token(eot)
-    transformers.PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
@@ -180,9 +172,8 @@ def main(argv):
         model, tokenizer = load_model(cfg.out_dir)
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as unfinished:
-            folder = os.path.join(unfinished, 'folder')
-            export(model, tokenizer, folder)
-            os.rename(folder, cfg.to)
+            export(model, tokenizer, f'{unfinished}/folder')
+            os.rename(f'{unfinished}/folder', cfg.to)
     print(f'{cfg.to}: {", ".join(sorted(os.listdir(cfg.to)))}')
 
 

@@ -32,22 +32,30 @@ class LlamaConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.bias:
-            raise ValueError('bias is True: a Llama has no biases, leave it out')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
         # Three matrices instead of two, so 8/3 of the width instead of 4; a multiple of 32.
         self.n_hidden = self.n_hidden or 32 * max(1, round(8 * self.n_embd / 3 / 32))
-        if self.n_head % self.n_kv_head or self.head_size % 2:
-            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head='
-                             f'{self.n_kv_head}, and head_size={self.head_size} must be even')
+        if self.bias or self.n_head % self.n_kv_head or self.head_size % 2:
+            raise ValueError(f'bias={self.bias}, n_head={self.n_head}, n_kv_head={self.n_kv_head} '
+                             f'and head_size={self.head_size}: a Llama has no bias, n_head must '
+                             'be a multiple of n_kv_head, and head_size even')
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight: LayerNorm without the mean and the bias.
+
+    The mean is over the last dimension. Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+
+    def forward(self, x):
+        return Normalize.apply(x, self.weight, self.eps)
 
 
 class Normalize(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension, in float32.
+    """What `RMSNorm` computes, in float32: (B, ..., width) to the same, in the dtype of weight.
 
-    x: (B, ..., width); weight: (width,). Returns the shape of x in the dtype of weight. The
-    gradient is written out, since on a CPU torch's own takes about as long as a matrix product.
+    The gradient is written out: on a CPU torch's own takes about as long as a matrix product.
     """
 
     @staticmethod
@@ -66,21 +74,6 @@ class Normalize(torch.autograd.Function):
         grad = grad * weight
         along = (grad * y).mean(dim=-1, keepdim=True)  # the part that would change the length
         return grad.addcmul_(y, along, value=-1).mul_(scale), grad_weight, None
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2)) * weight: LayerNorm without the mean and the bias.
-
-    Zhang & Sennrich 2019, arXiv:1910.07467.
-    """
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return Normalize.apply(x, self.weight, self.eps)
 
 
 def rotation(positions, head_size, theta):
@@ -212,11 +205,12 @@ class Muon(torch.optim.Optimizer):
     strong, so that rare ones are learnt as well: Jordan et al. 2024, "Muon: an optimizer for
     hidden layers in neural networks". With weight decay: Liu et al. 2025, arXiv:2502.16982.
 
-    A matrix of more rows than columns is taken in square pieces and a rest, so that queries, keys
-    and values, n_embd rows each as a rule, are kept apart, and Jordan's factor for tall matrices,
-    sqrt(rows / columns), is always 1. Pieces of one shape are multiplied together.
+    A tall matrix is taken in square pieces and a rest, which keeps queries, keys and values apart,
+    n_embd rows each as a rule, and Jordan's factor for it, sqrt(rows / columns), is then 1. Pieces
+    of one shape are multiplied together.
 
-    Settings as torch.optim.Muon's: lr, momentum, weight_decay, ns_steps; and bf16, to multiply in.
+    Settings as torch.optim.Muon's: lr, momentum, weight_decay, ns_steps; and bf16, to multiply in,
+    since a direction needs few digits.
     """
 
     @torch.no_grad()
@@ -224,21 +218,18 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             pieces = defaultdict(list)  # (weights, gradient ahead) by shape
             for p in group['params']:
-                state = self.state[p]
-                if not state:
-                    state['momentum_buffer'] = torch.zeros_like(p)
-                mean = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                if p not in self.state:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
                 ahead = p.grad.lerp(mean, group['momentum'])  # Nesterov: one step further
-                if group['bf16']:  # a direction needs few digits
-                    ahead = ahead.bfloat16()
+                ahead = ahead.bfloat16() if group['bf16'] else ahead
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 for piece, gradient in zip(p.split(p.size(1)), ahead.split(p.size(1))):
                     pieces[piece.shape].append((piece, gradient))
             for same_shape in pieces.values():
                 weights, gradients = zip(*same_shape)
                 updates = orthogonal(torch.stack(gradients), group['ns_steps'])
-                for piece, update in zip(weights, updates):
-                    piece.sub_(update, alpha=group['lr'])
+                torch._foreach_sub_(weights, updates.unbind(), alpha=group['lr'])
 
 
 def orthogonal(matrices, steps):

@@ -68,9 +68,9 @@ def attention(q, k, v, dropout=0.0):
     """Causal attention: softmax(q k^T / sqrt(head_size) + mask) v.
 
     q: (B, n_head, T, head_size); k, v: (B, n_head, S, head_size), S >= T. The queries belong to
-    the last T of the S positions. Returns (B, n_head, T, head_size) in k's dtype. Each query
-    scores all keys; the mask hides those after its own position; softmax turns the scores into
-    weights; the result is the weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
+    the last T of the S positions. Returns (B, n_head, T, head_size). Each query scores all keys;
+    the mask hides those after its own position; softmax turns the scores into weights; the result
+    is the weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
     """
     T, S = q.size(2), k.size(2)
     q = q.to(k.dtype)  # a cache may hold another dtype than the model's
@@ -151,7 +151,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """What all models share; each has its own `forward(idx, targets, cache, loss_only)`."""
 
-    blocks = ()  # each is sharded, has a cache, and is trained by Muon; a Bigram has none
+    blocks = ()  # of the transformer, in order; a Bigram has none
 
     def num_params(self):
         """Number of weights, shared ones counted once."""

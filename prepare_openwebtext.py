@@ -1,6 +1,6 @@
 """OpenWebText in GPT-2's byte pairs: 8,013,769 documents become data/openwebtext.
 
-    python prepare_openwebtext.py                             # downloads 12 GB
+    python prepare_openwebtext.py                             # downloads 12 GB with curl
     python prepare_openwebtext.py --input=openwebtext.tar.xz  # takes your copy
 
 Gives about 9.04 B train and 4.4 M val tokens, 18 GB. The input is a file, or a folder, of the
@@ -18,18 +18,18 @@ for any --num_proc. meta.json has the sha256 of train.bin and val.bin joined.
 import contextlib
 import glob
 import hashlib
-import http.client
 import io
 import json
 import lzma
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import subprocess
 import tarfile
 import threading
 import time
-import urllib.request
 import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -39,13 +39,14 @@ from textwrap import shorten
 import console
 from configurator import override
 from console import UsageError, UserError, atomic_file, clock
-from dataset import check_name, write_meta
-from prepare_text import HttpsOnly
+from prepare_text import check_name, write_meta
 from tokenizer import GPT2Tokenizer
 
 URL = 'https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/'
 SUBSETS = [f'urlsf_subset{i:02}.tar' for i in range(21)]
 DOCUMENTS = 8_013_769  # in all of them
+# From a given byte on, over HTTPS alone; a connection that is still for 30 s counts as broken.
+CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --continue-at'.split()
 SUFFIXES = ('.tar', '.xz', '.parquet')
 MAX_BYTES = 64 << 20  # of an xz archive or a document; the release's archives have 0.6 MB
 SAVE_SECONDS = 5  # between two writes of progress.json
@@ -142,26 +143,20 @@ class Output:
 
     `done` counts tokens, documents and more, and says how far the input is done: whole files,
     tasks of the next file, the share of it all. What a killed run wrote after that is cut off.
-    `sizes` has the [path, bytes] of local inputs: those that are done must still be the same.
     """
 
-    def __init__(self, folder, begun_with, sizes, downloads):
-        self.folder, self.begun_with, self.downloads = folder, begun_with, downloads
-        self.sizes = sizes
-        self.path, self.done = os.path.join(folder, 'progress.json'), Counter()
+    def __init__(self, cfg, folder, inputs):
+        self.begun_with = {'val_fraction': cfg.val_fraction, 'files': inputs}
+        self.downloads = [] if cfg.input else inputs
+        self.folder, self.path = folder, os.path.join(folder, 'progress.json')
+        self.done, self.files, self.saved = Counter(), {}, time.monotonic()
         if os.path.exists(self.path):
             with open(self.path, encoding='utf-8') as file, reading(self.path):
-                before, done, read = json.load(file)
-            if before != begun_with:
-                raise UserError(f'{self.path} was begun with {before}, but now it is '
-                                f'{begun_with}: go back to that, or delete it to begin anew')
-            now = sizes[: len(read)]
-            # The last one is not done: if it was damaged, a whole one may have taken its place.
-            if [path for path, _ in now] != [path for path, _ in read] or now[:-1] != read[:-1]:
-                raise UserError(f'{self.path} was begun with {shorten(str(read), 150)}, which is '
-                                'not there now: put that back, or delete it to begin anew')
+                before, done = json.load(file)
+            if before != self.begun_with:
+                raise UserError(f'{self.path} was begun with {shorten(str(before), 150)}, which '
+                                'is not the same now: put that back, or delete it to begin anew')
             self.done.update(done)
-        self.files, self.saved = {}, time.monotonic()
         for split in ('val', 'train'):
             final, size = os.path.join(folder, f'{split}.bin'), 2 * self.done[split]
             path = f'{final}.part'
@@ -188,8 +183,7 @@ class Output:
             file.flush()
             os.fsync(file.fileno())
         with atomic_file(self.path) as file:
-            read = self.sizes[: self.done['files'] + 1]
-            file.write(json.dumps([self.begun_with, self.done, read]).encode())
+            file.write(json.dumps([self.begun_with, self.done]).encode())
         self.saved = time.monotonic()
         for path in self.downloads[: self.done['files']]:  # no longer needed
             if os.path.exists(path):
@@ -221,31 +215,21 @@ class Output:
 
 def download(path, progress):
     """Get a subset; path.part, which a broken connection or a kill has left, is gone on with."""
-    name, trouble = os.path.basename(path), ''
-    opener = urllib.request.build_opener(HttpsOnly)
+    url = URL + os.path.basename(path)
+    if not shutil.which(CURL[0]):
+        raise UserError(f'curl fetches {url}: install it, or give a copy with --input=FOLDER')
     for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
-        if trouble:
-            progress.say(f'{name}: {trouble}; trying again in {wait} s')
-            time.sleep(wait)
-        try:
-            with open(f'{path}.part', 'ab') as file:
-                got = max(0, file.tell() - 1)  # one byte again, since asking for none is an error
-                request = urllib.request.Request(URL + name, headers={'Range': f'bytes={got}-'})
-                with opener.open(request, timeout=30) as response:
-                    got = file.truncate(got if response.status == 206 else 0)  # 200: all of it
-                    if not response.headers['Content-Length']:
-                        raise OSError('the answer does not tell its length')
-                    size = got + int(response.headers['Content-Length'])
-                    while data := response.read(1 << 20):
-                        got += file.write(data)
-                        progress.show(got / size, f'{name}: {got / size:.1%} of {size:,} bytes')
-            if got < size:
-                raise OSError('it ended early')
+        time.sleep(wait)
+        progress.say(f'fetching {url}')
+        with open(f'{path}.part', 'ab') as file:
+            start = file.truncate(max(0, file.tell() - 1))  # to ask for no byte is an error
+            # Through a pipe, which breaks if we are killed: so curl never outlives us.
+            with subprocess.Popen([*CURL, str(start), url], stdout=subprocess.PIPE) as curl:
+                shutil.copyfileobj(curl.stdout, file, 1 << 20)
+        if curl.returncode == 0:
             return os.replace(f'{path}.part', path)
-        except (OSError, http.client.HTTPException) as error:
-            trouble = str(getattr(error, 'reason', error)) or type(error).__name__
-    raise UserError(f'cannot fetch {URL + name} ({trouble}): the same command goes on from here, '
-                    'or give a copy with --input=FOLDER')
+    raise UserError(f'cannot fetch {url} (exit code {curl.returncode} of curl): the same command '
+                    'goes on from here, or give a copy with --input=FOLDER')
 
 
 def files_in(path):
@@ -275,13 +259,10 @@ def prepare(cfg):
     inputs = files_in(cfg.input) if cfg.input else [os.path.join(folder, n) for n in SUBSETS]
     if not inputs:
         raise UsageError(f'input={cfg.input} must be a file, or a folder, of {" ".join(SUFFIXES)}')
-    begun_with = {'input': source, 'val_fraction': cfg.val_fraction}
-    sizes = [[path, os.path.getsize(path)] for path in inputs] if cfg.input else []
     progress, workers = console.Progress(), cfg.num_proc or min(8, os.cpu_count() or 1)
     with (
         console.locked(folder),
-        contextlib.closing(
-            Output(folder, begun_with, sizes, [] if cfg.input else inputs)) as output,
+        contextlib.closing(Output(cfg, folder, inputs)) as output,
         ProcessPoolExecutor(workers, initializer=start_worker) as pool,
     ):
         done, start, began = output.done, output.done.copy(), time.monotonic()
@@ -304,12 +285,9 @@ def prepare(cfg):
         output.publish(source)
     progress.say(f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from {source}: '
                  f'{done["documents"]:,} documents ({done["repaired"]:,} repaired)')
-    if not done['val']:
-        progress.say(f'none of them is to validate on: before training, prepare {folder} again '
-                     f'with more than val_fraction={cfg.val_fraction}')
     if not cfg.input and done['documents'] != DOCUMENTS:
-        raise UserError(f'{folder} is whole, but has {done["documents"]:,} documents instead of '
-                        f'{DOCUMENTS:,}: look into what changed at {URL} before you train on it')
+        raise UserError(f'{folder} has {done["documents"]:,} documents instead of {DOCUMENTS:,}: '
+                        f'find out what changed at {URL} before you train on it')
 
 
 def main(argv):

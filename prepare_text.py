@@ -2,17 +2,17 @@
 
     python prepare_text.py my.txt --dataset=my_text                    # characters
     python prepare_text.py a.txt b.txt --dataset=ab --tokenizer=gpt2   # GPT-2's byte pairs
-    python prepare_text.py folder/ --dataset=mine --test_fraction=0.1  # all its .txt files
+    python prepare_text.py folder/*.txt --dataset=mine --test_fraction=0.1
     python prepare_text.py my.txt --dataset=my --tokenizer=FOLDER      # a Hugging Face folder's
 
-Any UTF-8 text. Several files, in the order given or by name within a folder, are joined with a
-line break. The last part of the text becomes the test split, the part before it the val split.
+Any UTF-8 text. Several files are joined, in the order given, with a line break. The last part of
+the text becomes the test split, the part before it the val split.
 """
 
 import contextlib
-import glob
 import hashlib
 import http.client
+import json
 import os
 import shlex
 import sys
@@ -23,7 +23,6 @@ from pathlib import Path
 import console
 from configurator import override
 from console import UsageError, UserError, atomic_file
-from dataset import check_name, write_meta
 from tokenizer import CharTokenizer, tokenizer_of
 
 
@@ -36,30 +35,46 @@ class TextConfig:
 
 
 def read_text(paths):
-    """The text of some UTF-8 files and folders of .txt files, as one string.
+    """The text of some UTF-8 files, as one string.
 
     A byte-order mark is dropped, and line ends become line feeds.
     """
-    files = []
-    for path in paths:
-        inside = sorted(glob.glob(os.path.join(glob.escape(path), '*.[tT][xX][tT]')))
-        if os.path.isdir(path) and not inside:
-            raise UserError(f'the folder {path} has no .txt file: name the files')
-        files += inside if os.path.isdir(path) else [path]
     texts = []
-    for path in files:
+    for path in paths:
         try:
             texts.append(Path(path).read_text('utf-8-sig'))
         except OSError as error:
-            raise UserError(f'cannot read {path} ({error.strerror}): name a text file, or a '
-                            'folder of .txt files') from None
+            raise UserError(f'cannot read {path} ({error.strerror}): name text files, say '
+                            'my.txt or folder/*.txt') from None
         except UnicodeDecodeError as error:
-            data, start = error.object, error.start
-            encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
-            raise UserError(
-                f'{path} is not UTF-8: byte 0x{data[start]:02x} at offset {start}; '
-                f'convert it, say with iconv -f {encoding} -t utf-8') from None
+            encoding = 'utf-16' if error.object[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
+            raise UserError(f'cannot read {path} ({error}): convert it to UTF-8, say with '
+                            f'iconv -f {encoding} -t utf-8') from None
     return ''.join(text if text.endswith('\n') else text + '\n' for text in texts[:-1]) + texts[-1]
+
+
+def check_name(dataset):
+    """Raise UsageError unless data/<dataset> is a folder in data/."""
+    if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
+        raise UsageError(f'dataset={dataset!r} must name a folder in data/: try --dataset=my_text')
+
+
+def write_meta(folder, tokenizer, source, sha256, tokens):
+    """Write meta.json for the .bin files that come next, and return what it says.
+
+    The old train.bin and test.bin go first, so that a half-written dataset counts as missing.
+    tokens: how many each split has, by its name.
+    """
+    meta = {
+        'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'source': source,
+        'sha256': sha256, 'tokens': tokens,
+    }
+    with atomic_file(os.path.join(folder, 'meta.json')) as file:
+        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
+        file.flush()  # if the disk is full, the files of before stay
+        for old in ('train.bin', 'test.bin'):
+            Path(folder, old).unlink(missing_ok=True)
+    return meta
 
 
 def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, source=''):
@@ -96,13 +111,6 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
     return meta
 
 
-class HttpsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, file, code, message, headers, url):
-        if not url.startswith('https://'):
-            raise UserError(f'{request.full_url} leads to {url}, which is not HTTPS: not followed')
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
 def fetch(dataset, url, looks_right):
     """The path of data/<dataset>/input.txt, downloaded from `url` unless it is there already.
 
@@ -112,10 +120,10 @@ def fetch(dataset, url, looks_right):
     path = os.path.join('data', dataset, 'input.txt')
     if not os.path.exists(path):
         try:
-            with urllib.request.build_opener(HttpsOnly).open(url, timeout=10) as response:
+            with urllib.request.urlopen(url, timeout=10) as response:
                 data = response.read(8 << 20)
-            if not looks_right(data):
-                raise OSError('the answer is another text')
+            if not response.url.startswith('https://') or not looks_right(data):
+                raise OSError(f'{response.url} is not HTTPS, or another text')
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f'cannot fetch {url} ({getattr(error, "reason", error)}): give '
                             f'a copy of it, python {shlex.join(sys.argv)} --input=FILE') from None
@@ -128,9 +136,8 @@ def main(argv):
     inputs = [arg for arg in argv if not arg.startswith('-')]
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     if not inputs or not cfg.dataset:
-        raise UsageError('which text and which dataset? python prepare_text.py my.txt '
-                         '--dataset=my_text')
-    names = [os.path.basename(os.path.abspath(path)) for path in inputs]  # folder/ has one too
+        raise UsageError('a text and --dataset are needed: add, say, my.txt --dataset=my_text')
+    names = [os.path.basename(path) for path in inputs]
     prepare(read_text(inputs), **vars(cfg), source=' '.join(names))
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import console
 from configurator import override
-from dataset import check_name
-from prepare_text import fetch, prepare, read_text
+from prepare_text import check_name, fetch, prepare, read_text
 
 URL = 'https://www.gutenberg.org/cache/epub/55/pg55.txt'
 RETOLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')

@@ -8,13 +8,13 @@ import atexit
 import contextlib
 import csv
 import ctypes
-import importlib.util
 import io
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from textwrap import shorten
 from types import SimpleNamespace
 
@@ -23,37 +23,35 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import plot_loss
-from console import Progress, UsageError, UserError, user_errors
+from console import Progress, UsageError, UserError, file_errors, user_errors
 
 # --- device and precision
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-
-def pick_device(name):
-    """The torch device for the setting `device`: 'auto' takes cuda, then mps, then cpu."""
+def device_and_dtype(cfg):
+    """The torch device and dtype of a run; each of several processes has a GPU of its own."""
+    name = cfg.device
     if name == 'auto':
-        if torch.cuda.is_available():
-            return torch.device('cuda')
-        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+        name = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     try:
-        torch.empty(0, device=name).cpu()  # fails on meta, for one
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == 'cuda' and Ranks().world_size > 1:
+            device = torch.device('cuda', Ranks().local_rank)
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device).cpu()  # fails on meta, for one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f'device={name!r} is not on this machine ({shorten(str(error), 80)}): '
-            'use auto, cpu, cuda, cuda:1 or mps, say --device=cpu'
-        ) from None
+        raise UsageError(f'device={cfg.device!r} is not on this machine '
+                         f'({shorten(str(error), 80)}): take another, --device=cpu say') from None
+    return device, pick_dtype(cfg.dtype, device)
 
 
 def pick_dtype(name, device):
     """The torch dtype for `dtype`: 'auto' takes what the hardware multiplies natively."""
-    if name != 'auto' and name not in DTYPES:
-        raise UsageError(f'dtype={name!r} must be one of auto, {", ".join(DTYPES)}')
-    if name == 'float16' and device.type == 'cpu':
-        raise UsageError("dtype='float16' needs a GPU: use bfloat16 or float32 on cpu")
     if name != 'auto':
-        return DTYPES[name]
+        names = ['float32', 'bfloat16'] + ['float16'] * (device.type != 'cpu')
+        if name not in names:
+            raise UsageError(f'dtype={name!r} must be one of auto, {", ".join(names)} on {device}')
+        return getattr(torch, name)
     if device.type == 'cuda':
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -64,10 +62,10 @@ def pick_dtype(name, device):
 
 
 def tune(device, shard=False):
-    """Make the fast way the default, once at start-up; returns a warning, or ''."""
+    """Make the fast way the default, once at start-up; returns a warning, or None."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
     if device.type != 'cpu' or sys.platform != 'linux':
-        return ''
+        return None
     # glibc hands every large block back to the kernel and faults it in again, zeroed, on the next
     # step. Keeping freed memory trains faster.
     with contextlib.suppress(OSError, AttributeError):
@@ -78,12 +76,11 @@ def tune(device, shard=False):
     with contextlib.suppress(OSError), open('/proc/loadavg') as file:  # some sandboxes hide it
         load, _, _, running, _ = file.read().split()
         # Busy in the last minute and still now; the load alone has our own run before this.
-        cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-        busy = min(cores, round(float(load)), int(running.split('/')[0]) - 1)
-        if cores - busy < threads > 1 and 'OMP_NUM_THREADS' not in os.environ:
-            return (f'{busy} of {cores} cores are busy with other work: if that goes on, '
-                    f'OMP_NUM_THREADS={max(1, cores - busy)} is faster')
-    return ''
+        busy = min(round(float(load)), int(running.split('/')[0]) - 1)
+        free, threads = max(1, (os.cpu_count() or 1) - busy), torch.get_num_threads()
+        if free < threads and 'OMP_NUM_THREADS' not in os.environ:
+            return f'other work wants {busy} cores: meanwhile, OMP_NUM_THREADS={free} is faster'
+    return None
 
 
 @contextlib.contextmanager
@@ -92,56 +89,40 @@ def out_of_memory(remedy):
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        text = str(error)
-        signs = ('out of memory', 'not enough memory', 'allocate memory', 'unable to allocate')
-        if not isinstance(error, MemoryError) and not any(s in text.lower() for s in signs):
+        signs = 'out of memory', 'not enough memory', 'allocate memory'
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
-        start = max(text.lower().find('tried to allocate'), 0)
-        asked = shorten(text[start:].split('. ')[0] or 'no reason given', 100)
-        raise UserError(f'not enough memory ({asked}): {remedy}') from None
+        raise UserError(f'not enough memory ({shorten(repr(error), 160)}): {remedy}') from None
 
 
-# bf16 peaks in TFLOP/s, dense, from the vendors' datasheets; MFU is the share of it that we use.
+# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets; MFU is the share that we use.
+# By the whole name, since a slice of a card or its laptop form has much the same one.
 PEAK_TFLOPS = {
-    'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L4': 121,
-    'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71, 'T4': 65,
+    'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 PCIe': 756,
+    'NVIDIA A100-SXM4-80GB': 312, 'NVIDIA A100-SXM4-40GB': 312, 'NVIDIA A100 80GB PCIe': 312,
+    'NVIDIA A100-PCIE-40GB': 312, 'NVIDIA L4': 121, 'Tesla T4': 65,
+    'NVIDIA GeForce RTX 5090': 209, 'NVIDIA GeForce RTX 4090': 165, 'NVIDIA GeForce RTX 3090': 71,
 }
 
 
 def peak_flops(device, dtype, tflops=0.0):
     """FLOP/s that this device could do at most, or 0 where it is not known."""
-    if tflops:
-        return tflops * 1e12
-    if device.type != 'cuda' or dtype not in (torch.bfloat16, torch.float16):
-        return 0
-    words = f' {torch.cuda.get_device_name(device)} '.replace('-', ' ')
-    if {'MIG', 'NVL', 'Laptop', 'Ti', 'D'} & {*words.split()}:
-        return 0  # a slice of a card, or another card under the same name
-    if ' T4 ' in words and dtype != torch.float16:  # it has no bf16
-        return 0
-    return next((t * 1e12 for name, t in PEAK_TFLOPS.items() if f' {name} ' in words), 0)
+    if not tflops and device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16):
+        tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0)
+    return tflops * 1e12
 
 
 # --- many processes
 
 
-@dataclass
 class Ranks:
-    """This process among those that train together; alone, it is rank 0 of 1."""
+    """This process among those that train together, as torchrun tells; alone, rank 0 of 1."""
 
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-    @classmethod
-    def from_environment(cls):
-        """As torchrun tells, in RANK, LOCAL_RANK and WORLD_SIZE."""
-        names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
-        return cls(*(int(os.environ.get(n, d)) for n, d in zip(names, (0, 0, 1))))
-
-    @property
-    def is_main(self):
-        return self.rank == 0
+    def __init__(self):
+        self.rank = int(os.environ.get('RANK', 0))
+        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))  # on its machine
+        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
+        self.is_main = self.rank == 0
 
     @contextlib.contextmanager
     def joined(self, device, backend):
@@ -168,44 +149,7 @@ class Ranks:
 
     def any(self, flag):
         """Whether `flag` is true on any rank; asked on the CPU, so that nobody waits for a GPU."""
-        return self.sum(torch.tensor(float(flag))).item() > 0 if self.world_size > 1 else flag
-
-    def from_main(self, value):
-        """Rank 0's `value`, a plain object, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-
-def device_and_dtype(cfg, ranks=Ranks()):
-    """The device and the dtype of a run."""
-    device = pick_device(cfg.device)
-    if device.type == 'cuda' and ranks.world_size > 1:
-        device = torch.device('cuda', ranks.local_rank)
-        torch.cuda.set_device(device)
-    return device, pick_dtype(cfg.dtype, device)
-
-
-def compiled(raw, cfg, device, amp, example):
-    """The model by torch.compile, if `cfg` or the device ask for it; if that fails, as it is.
-
-    Whether it fails shows at the first use: here, on the training batch `example`.
-    """
-    if not (cfg.compile or (cfg.compile is None and device.type == 'cuda')):
-        return raw
-    try:
-        model = torch.compile(raw)
-        with amp:
-            _, loss = model(*example, loss_only=True)
-        loss.backward()
-    except Exception as error:
-        reason = shorten(str(error).strip() or type(error).__name__, 200)
-        print(f'torch.compile failed ({reason}): going on without it; '
-              '--compile=false says so at once')
-        model = raw
-    raw.zero_grad()
-    return model
+        return bool(self.sum(torch.tensor(float(flag))).item() if self.world_size > 1 else flag)
 
 
 def build(cls, config, weights, device, shard=False, seed=0):
@@ -216,31 +160,26 @@ def build(cls, config, weights, device, shard=False, seed=0):
     needs `weights`; whole weights exist one at a time. The numbers are the same either way. Raises
     ValueError, in one line, where the weights do not fit.
     """
-    with torch.device('meta') if shard else contextlib.nullcontext():
+    with torch.device('meta' if shard else device):
         model = cls(config)
-    if weights is None:
-        torch.manual_seed(seed)  # here, since cls(config) has drawn numbers
-    if not shard:
-        try:
-            model.init_weights() if weights is None else model.load_state_dict(weights)
-        except (RuntimeError, TypeError, AttributeError) as error:
+    if weights is not None:
+        expected, found = ({name: getattr(weight, 'shape', None) for name, weight in state.items()}
+                           for state in (model.state_dict(), weights))
+        if wrong := sorted(dict(expected.items() ^ found.items())):
             raise ValueError('the weights do not fit the model that comes with them: '
-                             + shorten(str(error), 200)) from None
-        return model.to(device)
-    from torch.distributed.fsdp import fully_shard  # here, since it takes a second to import
+                             + shorten(', '.join(wrong), 200))
+    if shard:
+        from torch.distributed.fsdp import fully_shard  # here, since it takes a second to import
 
-    for module in (*model.blocks, model):
-        fully_shard(module)
-    torch.__future__.set_swap_module_params_on_conversion(True)  # so that shared weights stay one
-    model.to_empty(device=device)
+        for module in (*model.blocks, model):
+            fully_shard(module)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # shared weights stay one
+        model.to_empty(device=device)
+    torch.manual_seed(seed)  # here, since cls(config) has drawn numbers
     for name, p in model.named_parameters():
-        whole = torch.empty(p.shape)
+        whole = torch.empty(p.shape) if weights is None else weights[name]
         if weights is None:
             model.init_parameter(name, whole)
-        elif dist.get_rank() == 0:
-            whole = weights.get(name)
-            if getattr(whole, 'shape', None) != p.shape:
-                raise ValueError(f'the weights do not fit the model that comes with them: {name}')
         p.data.copy_(placed_like(whole, p))
     return model
 
@@ -260,26 +199,36 @@ def gathered(value):
     """`value`, a tensor or nested dicts, with all that is sharded gathered.
 
     All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead, but
-    for scalars, which all get.
+    for scalars, which all get. What a dict has under two names, a shared weight, stays shared.
     """
     if isinstance(value, dict):
-        return {key: gathered(item) for key, item in value.items()}
+        once = {id(item): gathered(item) for item in value.values()}
+        return {key: once[id(item)] for key, item in value.items()}
+    value = value.detach() if isinstance(value, torch.Tensor) else value
     if not hasattr(value, 'full_tensor'):
         return value
     full = value.full_tensor()
     return full.cpu() if dist.get_rank() == 0 or not full.dim() else None
 
 
-def gathered_weights(model):
-    """The state dict of `model` with whole tensors, see `gathered`; shared weights stay shared."""
-    state = model.state_dict(keep_vars=True)
-    by_weight = {p: gathered(p.detach()) for p in dict.fromkeys(state.values())}
-    return {name: by_weight[p] for name, p in state.items()}
+def wrap(raw, cfg, ranks, device, amp, example):
+    """The model as training calls it: compiled if asked for, gradients averaged over the ranks.
 
-
-def wrap(model, ranks, shard):
-    """The model with its gradients averaged over the ranks; a sharded one does that by itself."""
-    if ranks.world_size == 1 or shard:
+    Whether torch.compile fails shows at the first use: here, on the training batch `example`.
+    """
+    model = raw
+    if cfg.compile or (cfg.compile is None and device.type == 'cuda'):
+        try:
+            model = torch.compile(raw)
+            with amp:
+                _, loss = model(*example, loss_only=True)
+            loss.backward()
+        except Exception as error:
+            print(f'torch.compile failed ({shorten(repr(error), 200)}): going on without it; '
+                  '--compile=false says so at once')
+            model = raw
+        raw.zero_grad()
+    if ranks.world_size == 1 or cfg.shard:  # a sharded model averages by itself
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -311,15 +260,11 @@ def stop_signal(speaks):
                             b'Ctrl-C again to quit without\n')
         stop.received = stop.received or number
 
-    before = {}
-    with contextlib.suppress(ValueError):  # signals are for the main thread only
+    with contextlib.ExitStack() as at_end:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
-    try:
+            with contextlib.suppress(ValueError):  # signals are for the main thread only
+                at_end.callback(signal.signal, number, signal.signal(number, handle))
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- the log of a run
@@ -338,9 +283,11 @@ class Log:
 
     def __init__(self, cfg, ranks, position=None):
         self.out_dir, self.path = cfg.out_dir, os.path.join(cfg.out_dir, 'log.csv')
-        self.is_main, self.file, self.wandb = ranks.is_main, io.StringIO(), None
-        self.draws = importlib.util.find_spec('matplotlib') is not None
+        self.is_main, self.is_open = ranks.is_main, False
+        self.file, self.wandb = io.StringIO(), None
         self.began = time.perf_counter() - (position or {}).get('seconds', 0.0)
+        self.file_errors = partial(file_errors, f'cannot write {self.path}',
+                                   'make room, then go on with --init_from=resume')
         if self.is_main and cfg.wandb_log:
             with user_errors():
                 import wandb
@@ -350,29 +297,17 @@ class Log:
         if position is not None:
             self.open(position.get('bytes', sys.maxsize))  # nanoGPT's have none: keep all
 
-    def is_open(self):
-        return not isinstance(self.file, io.StringIO)
-
     def open(self, size=0):
         """Write to the file from now on, after its first `size` bytes."""
-        if not self.is_main or self.is_open():
+        if not self.is_main or self.is_open:
             return
-        waiting = self.file.getvalue()
-        with self.writing():
+        waiting, self.is_open = self.file.getvalue(), True
+        with self.file_errors():
             self.file = open(self.path, 'a', newline='', encoding='utf-8')
             self.file.truncate(min(size, self.file.tell()))
             if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
                 self.file.write(waiting)
                 self.file.flush()
-
-    @contextlib.contextmanager
-    def writing(self):
-        """Inside, a full disk and the like is a UserError."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f'cannot write {self.path} ({error.strerror}): make room or '
-                            'let us write, then go on with --init_from=resume') from None
 
     def position(self):
         """What a checkpoint keeps of the log, to go on from there."""
@@ -382,15 +317,14 @@ class Log:
         """Add a row, a dict of some of `columns`."""
         if not self.is_main:
             return
-        row['seconds'] = round(time.perf_counter() - self.began, 3)
-        with self.writing():
+        row = row | {'seconds': round(time.perf_counter() - self.began, 3)}
+        with self.file_errors():
             csv.DictWriter(self.file, self.columns).writerow(row)
             self.file.flush()
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iteration'])
-        if row['val_loss'] is not None and self.draws and self.is_open():
+        if row['val_loss'] is not None and self.is_open and find_spec('matplotlib'):
             try:
                 plot_loss.draw([self.out_dir], os.path.join(self.out_dir, 'loss.png'))
             except Exception as error:  # no picture is worth a run
-                self.draws = False
-                Progress().say(f'(no loss.png from here on: {error})')
+                Progress().say(f'(no loss.png: {error})')

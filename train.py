@@ -10,6 +10,7 @@
 
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -22,7 +23,7 @@ import torch
 
 import console
 import runtime
-from checkpoint import MODELS, restore, save, set_aside, starting_point
+from checkpoint import MODELS, restore, save, starting_point
 from configurator import override
 from console import Progress, UsageError, UserError, clock
 from dataset import Dataset, evaluation_batches, training_batches
@@ -108,8 +109,7 @@ class TrainConfig:
             if name in ('beta1', 'beta2', 'muon_momentum') and value >= 1:
                 raise UsageError(f'{name} is {value}: it must be below 1')
         if self.optimizer == 'muon' and (self.model == 'bigram' or self.shard):
-            raise UsageError('optimizer=muon needs whole matrices inside blocks: use a gpt or a '
-                             'llama, without --shard')
+            raise UsageError('optimizer=muon needs a gpt or a llama, without --shard')
         if self.model_size:
             for name, value in zip(('n_layer', 'n_head', 'n_embd'), MODEL_SIZES[self.model_size]):
                 if getattr(self, name) == getattr(TrainConfig, name):  # its default
@@ -178,10 +178,6 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
     return losses
 
 
-# Characters that would move the cursor, or worse: a model that knows nothing yet may write them.
-UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\ufffd')
-
-
 def sample_text(model, tokenizer, cfg, device, amp):
     """A short text by the model as it is now, for whoever watches."""
     start = cfg.sample_start.replace('\\n', '\n')  # a shell passes \n as two characters
@@ -190,16 +186,17 @@ def sample_text(model, tokenizer, cfg, device, amp):
     with amp:
         ids = model.generate(prompt, cfg.sample_tokens, 0.8, top_p=0.95, generator=generator,
                              vocab_size=tokenizer.vocab_size)
-    return tokenizer.decode(ids[0].tolist()).strip('\n').translate(UNPRINTABLE)
+    text = tokenizer.decode(ids[0].tolist()).strip('\n')
+    # What would move the cursor, or worse: a model that knows nothing yet may write it.
+    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
 
 
 def train(cfg):
     """Train as `cfg` says; returns the best validation loss, or None for `eval_only`.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and ends the
-    process.
+    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and exits.
     """
-    ranks = Ranks.from_environment()
+    ranks = Ranks()
     cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has all anyway
     micro_batches = cfg.gradient_accumulation_steps
     if micro_batches % ranks.world_size:
@@ -208,7 +205,7 @@ def train(cfg):
         keep = '' if rest else f', and batch_size={batch_size} keeps the size of an update'
         raise UsageError(f'gradient_accumulation_steps={micro_batches} cannot be shared among '
                          f'{ranks.world_size} processes: {nearest} can{keep}')
-    device, dtype = runtime.device_and_dtype(cfg, ranks)
+    device, dtype = runtime.device_and_dtype(cfg)
     progress = Progress(enabled=ranks.is_main)
     if warning := runtime.tune(device, cfg.shard):
         progress.say(warning)
@@ -226,7 +223,6 @@ def train(cfg):
 
 def training_run(cfg, data, ranks, device, dtype, stop, progress):
     """What `train` does, once there is a device, a process group, and a lock on out_dir."""
-    # ---- set up: data, model, optimizers, and where in the run they stand
     # Matrix products inside are in `dtype`; what needs the digits stays in float32.
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with console.user_errors():
@@ -235,21 +231,19 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         optimizers = make_optimizers(raw, cfg, dtype)
         # Small gradients would be 0 in float16: they are scaled up for the time of backward.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        start, best_val_loss, log_end, former_end = 0, math.inf, None, None
+        start, best_val_loss, log_position, former_max_iters = 0, math.inf, None, None
         if checkpoint and not cfg.eval_only:
             restore(optimizers, scaler, checkpoint)
             start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-            log_end = checkpoint['log']
+            log_position = checkpoint['log']
             # A finished run wrote its last row after ckpt.pt, so that is evaluated again.
-            former_end = checkpoint['config'].get('max_iters')
+            former_max_iters = checkpoint['config'].get('max_iters')
             progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
                          f'goes on from {learning_rate(cfg, start):.3g}')
-        # Name what the checkpoint overrides; of a new run, not settings left at their default.
-        default = {} if checkpoint else vars(TrainConfig())
         overridden = [f'{name}={value}' for name, value in vars(cfg).items()
-                      if getattr(asked, name) not in (None, value, default.get(name))]
+                      if getattr(asked, name) not in (None, value)]
         if overridden:
-            progress.say(f'from the checkpoint, not as asked for: {", ".join(overridden)}')
+            progress.say(f'from the checkpoint: {", ".join(overridden)}')
     del checkpoint  # a second copy of everything
 
     if cfg.eval_only:
@@ -265,31 +259,29 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
 
     batches = training_batches(data.splits['train'], cfg, ranks, device, start)
     x, y = next(batches)
-    net = runtime.compiled(raw, cfg, device, amp, (x, y))  # raw, perhaps by torch.compile
-    model = runtime.wrap(net, ranks, cfg.shard)  # net, with gradients averaged over the ranks
-    log = Log(cfg, ranks, log_end)
+    model = runtime.wrap(raw, cfg, ranks, device, amp, (x, y))  # perhaps compiled, or one of many
+    log = Log(cfg, ranks, log_position)
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
     update_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     epoch_tokens = data.splits['train'].tokens
     peak_flops = runtime.peak_flops(device, dtype, cfg.peak_tflops) * ranks.world_size
     flops_per_token = raw.flops_per_token()
-    progress.say(
-        f'data/{cfg.dataset} ({data.source}): {epoch_tokens:,} train tokens; {cfg.model} of '
-        f'{raw.num_params():,} parameters, {update_tokens:,} tokens an update; {device} in '
-        f'{str(dtype).removeprefix("torch.")}; results in {os.path.abspath(cfg.out_dir)}'
-    )
+    progress.say(f'data/{cfg.dataset} ({data.source}): {epoch_tokens:,} train tokens; {cfg.model} '
+                 f'of {raw.num_params():,} parameters, {update_tokens:,} tokens an update; '
+                 f'{device} in {str(dtype).removeprefix("torch.")}; results in '
+                 f'{os.path.abspath(cfg.out_dir)}')
     # How the model's text begins, for the hint at the end; not if the model can't read it.
     start_flag = [f'--start={cfg.sample_start}'] if cfg.sample_start != '\n' else []
-    bad_in_a_row, skipped, evaluation_seconds = 0, (log_end or {}).get('skipped', 0), 0.0
-    tokens = (log_end or {}).get('tokens', start * update_tokens)  # seen so far
+    bad_in_a_row, skipped, evaluation_seconds = 0, (log_position or {}).get('skipped', 0), 0.0
+    tokens = (log_position or {}).get('tokens', start * update_tokens)  # seen so far
     since, updates = time.perf_counter(), 0  # since the log's last row
 
     for it in range(start, cfg.max_iters + 1):  # evaluate and save if due, then update
         last, improved, losses = it == cfg.max_iters, False, {}
         began = time.perf_counter()
-        if it % cfg.eval_interval == 0 or last or it == start == former_end:
+        if it % cfg.eval_interval == 0 or last or it == start == former_max_iters:
             splits = {name: data.splits[name] for name in ('train', 'val')}
-            losses = evaluate(net, splits, cfg, ranks, device, amp, stop, progress)
+            losses = evaluate(model, splits, cfg, ranks, device, amp, stop, progress)
         if losses:
             # Equal is enough: a run killed before it saved best.pt finds the same loss again.
             improved = it > 0 and losses['val'] <= best_val_loss
@@ -302,11 +294,11 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         if it > 0 and (stopping or improved or (losses and cfg.always_save_checkpoint)):
             if not runtime.gathered(torch.nn.utils.get_total_norm(raw.parameters())).isfinite():
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
-            if ranks.is_main and not log.is_open() and set_aside(cfg.out_dir):
+            if ranks.is_main and not log.is_open and console.set_aside(cfg.out_dir):
                 progress.say(f'the former run in {cfg.out_dir} is now in {cfg.out_dir}/previous')
             log.open()
             best = {
-                'model': runtime.gathered_weights(raw),
+                'model': runtime.gathered(raw.state_dict(keep_vars=True)),
                 # without gelu, so that nanoGPT can load it; config has it
                 'model_args': {k: v for k, v in vars(raw.config).items() if k != 'gelu'},
                 'iter_num': it,  # the next update
@@ -342,10 +334,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         if losses:
             evaluation_seconds = time.perf_counter() - began
             since += evaluation_seconds  # which doesn't count as training time
-        row = {
-            'iteration': it, 'tokens': tokens, 'epochs': tokens / epoch_tokens,
-            'train_eval_loss': losses.get('train'), 'val_loss': losses.get('val'),
-        }
+        row = {'iteration': it, 'tokens': tokens, 'epochs': tokens / epoch_tokens,
+               'train_eval_loss': losses.get('train'), 'val_loss': losses.get('val')}
         if last:
             break
 
@@ -362,7 +352,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             runtime.sync_gradients(model, micro_step == micro_steps - 1)
             with amp:
                 _, loss = model(x, y, loss_only=True)
-            scaler.scale(loss / micro_steps).backward()
+            scaler.scale(loss / micro_steps).backward()  # the ranks' gradients are averaged
             x, y = next(batches)  # read while the GPU is at work
             mean_loss += loss.detach() / cfg.gradient_accumulation_steps
         for optimizer in optimizers:
@@ -381,10 +371,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         skipped += not is_finite
         if bad_in_a_row == 10:
-            raise UserError(
-                f'loss or gradient were not finite ten times in a row, up to iteration {it} '
-                f'(loss {loss}): {cfg.out_dir}/ckpt.pt, if there is one, is still good. {REMEDIES}'
-            )
+            raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
+                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. {REMEDIES}')
         updates, tokens = updates + 1, tokens + update_tokens
         seconds = (time.perf_counter() - since) / updates
         speed = update_tokens / seconds
@@ -411,13 +399,11 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             since, updates = time.perf_counter(), 0
 
     log.write(row)
-    script = os.path.join(os.path.dirname(__file__), 'sample.py')
-    command = [sys.orig_argv[0], script.removeprefix(os.getcwd() + os.sep),
-               f'--out_dir={cfg.out_dir}', *start_flag]
+    script = os.path.join(os.path.dirname(sys.argv[0]), 'sample.py')
+    command = [sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}', *start_flag]
     took = clock(time.perf_counter() - log.began)
-    weights = 'best.pt' if os.path.exists(f'{cfg.out_dir}/best.pt') else 'ckpt.pt'
-    progress.say(f'best val loss {best_val_loss:.4f} after {took}, weights in '
-                 f'{cfg.out_dir}/{weights}\nnow: {shlex.join(command)}')
+    progress.say(f'best val loss {best_val_loss:.4f} after {took}, weights in {cfg.out_dir}\n'
+                 f'now: {shlex.join(command)}')
     return best_val_loss
 
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -198,7 +197,7 @@ def test_a_finetuning_run_goes_on_with_the_shape_of_its_checkpoint(tiny, capsys)
     run(init_from='first', out_dir='tuned', max_iters=4)
     capsys.readouterr()
     run(init_from='resume', out_dir='tuned', max_iters=6)
-    (note,) = re.findall('from the checkpoint, .*', capsys.readouterr().out)
+    (note,) = re.findall('from the checkpoint: .*', capsys.readouterr().out)
     for told in ('n_layer=1', 'n_embd=16', 'bias=True'):
         assert told in note
     assert 'block_size' not in note and 'n_head' not in note  # these agree
@@ -843,14 +842,16 @@ def test_a_machine_that_hides_its_load_is_not_busy(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(runtime, 'open', hidden, raising=False)
-    assert runtime.tune(torch.device('cpu')) == ''
+    assert runtime.tune(torch.device('cpu')) is None
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tiny, monkeypatch, error_of):
-    os.makedirs('out')
-    monkeypatch.setattr(os, 'access', lambda path, mode: path != 'out' or mode != os.W_OK)
+    def refused(dir):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr('tempfile.TemporaryFile', refused)
     monkeypatch.setattr(train, 'training_run', None)
-    assert 'cannot write into out' in error_of(train.main, *flags(**RUN))
+    assert 'cannot write into out (Permission denied)' in error_of(train.main, *flags(**RUN))
 
 
 @pytest.mark.parametrize('micro_batches, batch_size, world_size, words', [
@@ -902,6 +903,7 @@ def written(capsys, *args):
 @pytest.mark.parametrize('dataset', ['tiny', 'plain'])
 def test_the_closing_hint_can_be_typed(tiny, one_line, monkeypatch, capsys, dataset):
     monkeypatch.setattr(sys, 'orig_argv', ['.venv/bin/python', f'{ROOT}/train.py'])
+    monkeypatch.setattr(sys, 'argv', [f'{ROOT}/train.py'])
     run(dataset=dataset, out_dir='my out', max_iters=1, sample_tokens=5)
     out = capsys.readouterr().out
     assert 'no sample' not in out
@@ -941,15 +943,14 @@ def test_the_line_end_of_echo_is_no_part_of_the_prompt(tiny, monkeypatch, capsys
 
 
 def test_errors_are_not_cut_within_a_word(tiny, error_of):
-    """torch says much more about weights that are missing than fits one line."""
+    """More weights are missing than fit one line."""
     run(max_iters=1)
     checkpoint = torch.load('out/best.pt', weights_only=True)
-    with pytest.raises(RuntimeError) as whole:
-        GPT(GPTConfig(**checkpoint['model_args'])).load_state_dict({})
+    names = {*checkpoint['model']}
     torch.save(checkpoint | {'model': {}}, 'out/best.pt')
-    told = error_of(sample.main, '--device=cpu').split('Error(s)')[1].removesuffix('[...]\n')
-    assert len(told) > 100 and len(str(whole.value)) > len(told) + 100
-    assert set(told.split()) <= set(str(whole.value).split())
+    told = error_of(sample.main, '--device=cpu').split('them: ')[1].removesuffix(' [...]\n')
+    assert 100 < len(told) < len(', '.join(names)) - 100
+    assert set(told.rstrip(',').split(', ')) < names
 
 
 def test_bench_names_its_rows(error_of):
@@ -970,9 +971,9 @@ def test_a_shape_that_was_asked_for_in_vain_is_told(tiny, capsys):
     run(max_iters=1)
     capsys.readouterr()
     run(init_from='out', out_dir='tuned', max_iters=1, n_layer=5)
-    assert 'not as asked for: n_layer=2\n' in capsys.readouterr().out
+    assert 'from the checkpoint: n_layer=2\n' in capsys.readouterr().out
     run(init_from='out', out_dir='again', max_iters=1)
-    assert 'not as asked for' not in capsys.readouterr().out
+    assert 'from the checkpoint' not in capsys.readouterr().out
 
 
 def test_a_nanogpt_checkpoint_is_not_resumed_on_another_alphabet(tiny, error_of):
@@ -999,13 +1000,14 @@ def test_a_nanogpt_checkpoint_whose_dataset_has_changed_is_refused(tiny, error_o
     resume = train.main, *flags(**RUN | dict(init_from='resume', max_iters=2, block_size=4))
     for command in (resume, (sample.main, '--out_dir=out')):
         error = error_of(*command)
-        assert f'is for {rows} tokens, but data/tiny has {len(set(text))}' in error
+        assert f'data/tiny none of {rows} tokens' in error
 
 
-def test_a_run_is_resumed_by_its_own_optimizer(tiny, error_of, capsys):
+def test_a_run_is_resumed_by_its_own_optimizer(tiny, capsys):
     run(max_iters=2, optimizer='muon')
-    error = error_of(train.main, *flags(**RUN | dict(init_from='resume', max_iters=3)))
-    assert 'trained with muon, not adamw: add --optimizer=muon' in error
+    run(max_iters=3, init_from='resume')
+    assert 'from the checkpoint: optimizer=muon\n' in capsys.readouterr().out
+    assert load_checkpoint('out/ckpt.pt')['config']['optimizer'] == 'muon'
     run(init_from='resume', eval_only=True, max_iters=1)  # which takes no optimizer, nor an update
     assert 'val: loss ' in capsys.readouterr().out
 
@@ -1017,13 +1019,6 @@ def test_a_huge_loss_can_be_evaluated(tiny, monkeypatch, capsys):
     assert 'val: loss 1000.0000, perplexity inf' in capsys.readouterr().out
 
 
-def test_the_last_line_names_a_file_that_is_there(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'evaluate', lambda *_: dict(train=3.0, val=math.nan))
-    run(max_iters=1)
-    assert not os.path.exists('out/best.pt')
-    assert 'weights in out/ckpt.pt\n' in capsys.readouterr().out
-
-
 def test_tokens_are_counted_when_the_batch_changes(tiny):
     run(max_iters=3)
     run(max_iters=5, init_from='resume', batch_size=8)
@@ -1032,7 +1027,7 @@ def test_tokens_are_counted_when_the_batch_changes(tiny):
 
 
 def test_ctrl_c_while_a_dataset_is_made_ends_quietly(tiny, monkeypatch, capfd):
-    monkeypatch.setattr(dataset.subprocess, 'run', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(dataset.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(dataset='wizard_char')
     assert capfd.readouterr().out == ''

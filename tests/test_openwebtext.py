@@ -1,20 +1,23 @@
 """OpenWebText, to the byte: what comes in, what comes out, and what may happen in between."""
 
+import contextlib
 import hashlib
+import http.server
 import io
 import json
 import lzma
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import urllib.error
-import urllib.request
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import bench_openwebtext as bench
 import numpy as np
@@ -22,6 +25,7 @@ import pytest
 from conftest import ROOT, STORY, script
 from test_data import contents
 
+import console
 import prepare_openwebtext as owt
 from console import UsageError, UserError
 from tokenizer import GPT2Tokenizer
@@ -237,36 +241,31 @@ def test_ctrl_c_stops_in_good_order(bpe, folder):
 def test_another_input_is_not_mixed_in(bpe, folder):
     inner(make_documents())
     killed(3, '--input=in')
-    with pytest.raises(UserError, match=r"begun with .*'input': 'in'.*'input': 'other'.*delete"):
+    with pytest.raises(UserError, match='begun with .*in/open.*not the same now.*delete'):
         write('other/a.xz', b'a')
         prepare('--input=other')
-    with pytest.raises(UserError, match='progress.json.*0.1.*0.2'):
+    with pytest.raises(UserError, match='progress.json was begun with .*0.1'):
         prepare('--input=in', '--val_fraction=0.2')
     write('in/a.xz', b'a')
-    with pytest.raises(UserError, match='begun with .*subset00-1_data.*not there now'):
+    with pytest.raises(UserError, match='begun with .*subset00-1_data.*not the same now'):
         prepare('--input=in')
 
 
-def test_files_that_are_done_must_stay_and_a_damaged_one_may_be_mended(bpe, folder, monkeypatch):
+def test_files_must_keep_their_names_and_a_damaged_one_may_be_mended(bpe, folder, monkeypatch):
     monkeypatch.setattr(owt, 'SAVE_SECONDS', 0)
     documents = make_documents()
-    third = len(documents) // 3
-    tars = {name: make_tar(make_archives(documents[i * third : (i + 1) * third], 3, subset=i))
-            for i, name in enumerate(('a.tar', 'b.tar', 'c.tar'))}
-    for name, data in tars.items():
-        write(f'in/{name}', data if name != 'c.tar' else data[: len(data) // 2])
-    with pytest.raises(UserError, match='c.tar. is damaged'):
+    half = len(documents) // 2
+    tars = [make_tar(make_archives(documents[i * half : (i + 1) * half], 3)) for i in range(2)]
+    write('in/a.tar', tars[0])
+    write('in/b.tar', tars[1][: len(tars[1]) // 2])
+    with pytest.raises(UserError, match='b.tar. is damaged'):
         prepare('--input=in')
     os.rename('in/a.tar', 'in/z.tar')
-    with pytest.raises(UserError, match='begun with .*in/a.tar.*not there now'):
+    with pytest.raises(UserError, match='begun with .*in/a.tar.*not the same now'):
         prepare('--input=in')
-    write('in/a.tar', tars['a.tar'] + bytes(512))
-    os.remove('in/z.tar')
-    with pytest.raises(UserError, match='begun with .*in/a.tar.*not there now'):
-        prepare('--input=in')
-    write('in/a.tar', tars['a.tar'])
-    write('in/c.tar', tars['c.tar'])
-    assert prepare('--input=in') == reference(documents[: 3 * third])
+    os.rename('in/z.tar', 'in/a.tar')
+    write('in/b.tar', tars[1])
+    assert prepare('--input=in') == reference(documents)
 
 
 def test_files_that_progress_json_does_not_fit(bpe, folder):
@@ -419,39 +418,25 @@ def test_two_at_once_are_refused(bpe, folder):
     os.close(handle)
 
 
-class Answer(io.BytesIO):
-    """What a web server sends: a part of a file, and less of it than it says."""
-
-    def __init__(self, data, start, limit):
-        self.status = 206 if start is not None else 200
-        rest = data[start or 0 :]
-        self.headers = {'Content-Length': str(len(rest))}
-        super().__init__(rest[:limit])
-
-
 class Web:
-    """Stands for the web: serves `files`, at most `limit` bytes at a time."""
+    """Stands for curl: serves `files`, at most `limit` bytes at a time."""
 
-    def __init__(self, monkeypatch, files, limit=None, ranges=True):
-        self.files, self.limit, self.ranges = files, limit, ranges
-        self.asked, self.fail, self.tells_length = [], set(), True
-        monkeypatch.setattr(urllib.request.OpenerDirector, 'open', self.open)
+    def __init__(self, monkeypatch, files, limit=None):
+        self.files, self.limit, self.asked, self.fail = files, limit, [], set()
+        monkeypatch.setattr(owt.shutil, 'which', lambda name: name)
+        monkeypatch.setattr(owt.subprocess, 'Popen', self.open)
         monkeypatch.setattr(owt.time, 'sleep', lambda seconds: None)
 
-    def open(self, request, timeout):
-        url = request.full_url
-        assert url.startswith(owt.URL) and 0 < timeout <= 60
-        name, start = url.removeprefix(owt.URL), int(request.get_header('Range')[6:-1])
+    @contextlib.contextmanager
+    def open(self, command, stdout):
+        *curl, start, url = command
+        assert curl == owt.CURL and url.startswith(owt.URL) and stdout == subprocess.PIPE
+        name, start = url.removeprefix(owt.URL), int(start)
         self.asked.append((name, start))
-        if name in self.fail:
-            raise urllib.error.URLError('no network here')
-        data = self.files[name]
-        if self.ranges and start >= len(data):
-            raise urllib.error.HTTPError(url, 416, 'no such range', {}, None)
-        answer = Answer(data, start if self.ranges else None, self.limit)
-        if not self.tells_length:
-            answer.headers = {'Content-Length': None}
-        return answer
+        rest = b'' if name in self.fail else self.files[name][start:]
+        answer = rest[: self.limit]
+        code = 6 if name in self.fail else 22 if not rest else 18 if answer != rest else 0
+        yield SimpleNamespace(stdout=io.BytesIO(answer), returncode=code)
 
 
 def published(documents, monkeypatch):
@@ -474,7 +459,7 @@ def test_the_published_tars_are_downloaded_in_pieces(bpe, folder, monkeypatch, c
     starts = [start for name, start in web.asked if name == owt.SUBSETS[0]]
     assert starts == [max(0, i * 6_000 - i) for i in range(len(starts))] and len(starts) > 2
     assert json.loads(contents('data/web')['meta.json'])['source'] == owt.URL
-    assert 'subset00.tar: it ended early; trying again in 1 s' in capsys.readouterr().out
+    assert capsys.readouterr().out.count('fetching https://') == len(web.asked)
 
 
 def test_a_tar_is_removed_once_it_is_done(bpe, folder, monkeypatch):
@@ -496,20 +481,12 @@ def test_a_download_with_other_documents_is_told(bpe, folder, monkeypatch):
     assert '\n' not in str(raised.value) and result() == reference(documents)
 
 
-def test_a_server_that_knows_no_ranges(bpe, folder, monkeypatch):
-    documents = make_documents()
-    web = Web(monkeypatch, published(documents, monkeypatch), ranges=False)
-    write(f'data/web/{owt.SUBSETS[0]}.part', b'what a killed run has left')
-    assert prepare() == reference(documents)
-    assert len(web.asked) == 3
-
-
 def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeypatch, capsys):
     monkeypatch.setattr(owt, 'SAVE_SECONDS', 0)
     documents = make_documents()
     web = Web(monkeypatch, published(documents, monkeypatch))
     web.fail = {owt.SUBSETS[2]}
-    with pytest.raises(UserError, match='subset02.tar .no network here.*the same command goes on'):
+    with pytest.raises(UserError, match='subset02.tar .exit code 6.*the same command goes on'):
         prepare()
     assert len([name for name, _ in web.asked if name == owt.SUBSETS[2]]) == 8
     data = web.files[owt.SUBSETS[2]]
@@ -526,18 +503,41 @@ def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeyp
         os.remove('data/web/val.bin')
 
 
-def test_a_server_that_tells_no_length(bpe, folder, monkeypatch):
-    web = Web(monkeypatch, published(make_documents(), monkeypatch))
-    web.tells_length = False
-    with pytest.raises(UserError, match='does not tell its length'):
+def test_curl_goes_on_where_a_file_ended(folder, monkeypatch):
+    data, asked = bytes(range(256)) * 1000, []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get('Range', 'bytes=0-')[6:-1])
+            asked.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
+            self.send_header('Content-Length', len(data) - start)
+            self.end_headers()
+            self.wfile.write(data[start:][:100_000])  # then the connection ends
+
+        def log_message(self, *_):
+            pass
+
+    if not shutil.which('curl'):
+        pytest.skip('there is no curl here')
+    monkeypatch.setattr(owt.time, 'sleep', lambda seconds: None)
+    with http.server.HTTPServer(('127.0.0.1', 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(owt, 'URL', f'http://127.0.0.1:{server.server_port}/')
+        with pytest.raises(UserError, match='exit code 1 of curl'):  # HTTPS alone
+            owt.download('a.tar', console.Progress())
+        assert not asked
+        monkeypatch.setattr(owt, 'CURL', [word.replace('=https', '=http') for word in owt.CURL])
+        owt.download('a.tar', console.Progress())
+        server.shutdown()
+    assert asked == [0, 99_999, 199_998] and contents('.') == {'a.tar': data}
+
+
+def test_without_curl_it_says_so(bpe, folder, monkeypatch):
+    monkeypatch.setattr(owt.shutil, 'which', lambda name: None)
+    with pytest.raises(UserError, match='curl fetches https://.*install it, or .*--input'):
         prepare()
-    assert len(web.asked) == 8  # once, and after each of seven waits
-
-
-def test_a_download_leads_to_https_only():
-    request = urllib.request.Request(owt.URL)
-    with pytest.raises(UserError, match='not HTTPS'):
-        owt.HttpsOnly().redirect_request(request, None, 302, '', {}, 'http://example.com/a.tar')
 
 
 def test_progress_where_there_is_no_terminal(bpe, folder, monkeypatch, capsys):

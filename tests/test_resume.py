@@ -134,8 +134,13 @@ def test_a_finished_run_can_be_extended(tiny, capsys):
     assert [int(row['iteration']) for row in log_of('out')] == list(range(17))
     train.train(TrainConfig(**RUN | dict(init_from='resume', max_iters=20, lr_decay_iters=16)))
     assert 'the learning rate goes on from 6e-05\n' in capsys.readouterr().out
-    with pytest.raises(train.UserError, match='at iteration 20 already, past max_iters=12'):
-        train.train(TrainConfig(**RUN | dict(init_from='resume')))
+    before = load_checkpoint('out/ckpt.pt')
+    train.train(TrainConfig(**RUN | dict(init_from='resume')))
+    assert 'from the checkpoint: max_iters=20\n' in capsys.readouterr().out
+    after = load_checkpoint('out/ckpt.pt')
+    assert after['iter_num'] == before['iter_num'] == 20
+    assert all(torch.equal(before['model'][key], after['model'][key]) for key in before['model'])
+    assert [int(row['iteration']) for row in log_of('out')] == list(range(21))
 
 
 def test_an_interrupted_run_that_is_extended_is_evaluated_when_due(tiny, monkeypatch, capsys):
@@ -156,7 +161,7 @@ def test_a_resumed_run_has_its_checkpoints_shape(tiny, monkeypatch, capsys, chan
     stop_at(monkeypatch, 6, TrainConfig(**RUN))
     capsys.readouterr()
     train.train(TrainConfig(**RUN | dict(init_from='resume') | change))
-    (note,) = re.findall('^from the checkpoint, not as asked for: (.*)$', capsys.readouterr().out,
+    (note,) = re.findall('^from the checkpoint: (.*)$', capsys.readouterr().out,
                          re.M)
     overridden = 'n_layer n_head n_embd'.split() if 'model_size' in change else change
     expected = {name: ({'model': 'gpt', 'bias': False, 'gelu': 'erf'} | RUN)[name]

@@ -60,8 +60,7 @@ def test_text_stops_before_the_stop_string(prompt, start):
     text = sample.Text(prompt, [], lambda ids: ''.join('abcSTOPdef'[i] for i in ids), 'STOP')
     shown = ''
     for i in range(start, 10):
-        text.add(i)
-        shown += text.new()
+        shown += text.add(i)
         assert 'S' not in shown
     assert shown == text.text == prompt + 'abc'[start:] and text.done
 
@@ -70,8 +69,7 @@ def test_what_only_looks_like_a_stop_string_is_shown():
     text = sample.Text('', [], lambda ids: ''.join('abSTabSTO'[i] for i in ids), 'STOP')
     shown = ''
     for i in range(9):
-        text.add(i)
-        shown += text.new()
+        shown += text.add(i)
     assert shown == 'abSTab' and shown + text.text[text.shown:] == 'abSTabSTO'
 
 
@@ -119,7 +117,7 @@ def test_packed_matrices_give_the_same_logits(T, nonlinearity):
 
 def test_a_prompt_that_is_no_utf8(trained):
     (trained / 'p.txt').write_bytes(b'abc\xff')
-    with pytest.raises(UserError, match='^p.txt is not UTF-8 at byte 3.*$'):
+    with pytest.raises(UserError, match='^cannot read p.txt .*byte 0xff in position 3.*$'):
         sample.main(['--start=FILE:p.txt'])
 
 
@@ -130,5 +128,5 @@ def test_gpt2_state_needs_no_download():
 def test_a_missing_folder_is_not_looked_for_on_the_hub(folder):
     for out_dir in ('runs/typo', 'gpt2'):
         for module, *more in ((sample, '--device=cpu'), (export_hf, '--to=hf')):
-            with pytest.raises(UserError, match=f'no checkpoint {out_dir}: '):
+            with pytest.raises(UserError, match=f'no checkpoint {out_dir} '):
                 module.main([f'--out_dir={out_dir}', *more])

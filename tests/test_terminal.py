@@ -57,11 +57,11 @@ def screen(output):
 
 
 def live_lines(output):
-    return re.findall(r'\r([^\r\n\x1b]+)\x1b\[K', output)
+    return re.findall(r'\r\x1b\[K([^\r\n\x1b]+)(?=\r(?!\n)|\Z)', output)
 
 
 def without_times(lines):
-    lines = [re.sub(r'after [\d:]+|now: \S+', '', line) for line in lines]
+    lines = [re.sub(r'after [\d:]+|in \w+$|now: .*/', '', line) for line in lines]
     return [line for line in lines if not line.startswith('iter ')]
 
 

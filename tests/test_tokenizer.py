@@ -37,8 +37,7 @@ def stream(tokenizer, ids, prompt=()):
     """What sample.py shows after each of `ids`."""
     text = Text('', list(prompt), tokenizer.decode, '')
     for i in ids:
-        text.add(int(i))
-        yield text.new()
+        yield text.add(int(i))
 
 
 def test_char_ids_are_places_in_the_sorted_set():
