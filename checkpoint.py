@@ -35,14 +35,14 @@ def load_checkpoint(path, mmap=False):
     """Read a checkpoint, ours or nanoGPT's, onto the CPU; with `mmap`, tensors on first use.
 
     path: the file, or a folder, of which best.pt or else ckpt.pt is taken. Raises, in one line,
-    FileNotFoundError, ValueError for what is no checkpoint, UserError if it has no tokenizer.
+    FileNotFoundError, ValueError for what is no checkpoint, UserError if no tokenizer fits it.
     """
     if os.path.isdir(path):
         best = os.path.join(path, 'best.pt')
         path = best if os.path.exists(best) else os.path.join(path, 'ckpt.pt')
     if not os.path.exists(path):
         found = ', '.join(sorted({os.path.dirname(file) for file in glob.glob('out*/*.pt')}))
-        raise FileNotFoundError(f'no checkpoint {path} (found: {found or "none"}): '
+        raise FileNotFoundError(f'no checkpoint {path} (found: {found or "none"}): name one, or '
                                 'train one, say by python train.py config/train_wizard_char.py')
     try:
         with warnings.catch_warnings(action='ignore'):  # about pickles that it will refuse
@@ -110,8 +110,9 @@ def starting_point(cfg, tokenizer, ranks, device):
         path = os.path.join(cfg.out_dir, 'ckpt.pt')
         checkpoint = load_checkpoint(path, mmap=not reads)
         if checkpoint['tokenizer'] != state:
-            raise ValueError(f'{path} was trained on other tokens than {cfg.dataset} has now: for '
-                             f'a new run from it, give --init_from={path} and another --out_dir')
+            raise ValueError(f'{path} was trained on other tokens than data/{cfg.dataset} has: '
+                             'prepare that as it was; or, to go on with other characters in a new '
+                             f'run, give --init_from={path} and another --out_dir')
         cfg = replace(cfg, optimizer=checkpoint['config'].get('optimizer', 'adamw'),
                       max_iters=max(cfg.max_iters, checkpoint['iter_num']))
         weights, model_args = checkpoint['model'], checkpoint['model_args']
@@ -123,7 +124,8 @@ def starting_point(cfg, tokenizer, ranks, device):
             torch.distributed.broadcast_object_list(found)  # from rank 0
         cls, config, theirs = found[0]
         if cls is not Bigram and cfg.block_size > config.block_size:
-            raise ValueError(f'block_size={cfg.block_size} must be at most {config.block_size}')
+            raise ValueError(f'block_size={cfg.block_size} must be at most {config.block_size}, '
+                             f'that of {cfg.init_from}')
         weights = model.state_dict() if reads else {}
         if 'transformer.wpe.weight' in weights:
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]

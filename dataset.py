@@ -1,8 +1,7 @@
 """Datasets: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
 
 prepare_*.py write them. A .bin file is a row of little-endian uint16 token ids. meta.json has the
-tokenizer's state, vocab_size, the source and the sha256 of its text, and how many tokens each
-split has.
+tokenizer's state, vocab_size, the source and its sha256, and how many tokens each split has.
 """
 
 import json
@@ -29,7 +28,7 @@ def read_meta(folder):
     """meta.json; for a dataset without it, as nanoGPT leaves raw GPT-2 ids, its equivalent."""
     try:
         meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
-        meta['tokenizer']['type']  # a KeyError or TypeError if it is not ours
+        meta['tokenizer']['type'], meta['tokenizer']['vocab_size']  # an error if it is not ours
         return meta
     except FileNotFoundError:
         if os.path.exists(f'{folder}/meta.pkl'):
@@ -75,7 +74,7 @@ class Split:
         if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
             rows = rows.pin_memory().to(device, non_blocking=True)
         rows = rows.to(device)
-        return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
+        return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
     def random_offsets(self, seed, count, block_size):
         """Where `count` random windows begin, of `block_size` tokens and the next one."""
@@ -106,7 +105,7 @@ def evaluation_batches(split, cfg, ranks, device):
     """
     B, T = cfg.batch_size, cfg.block_size
     if cfg.eval_iters:
-        # On the train split they begin with those of update 0.
+        # No seed of their own: on the train split the first are just those of update 0.
         offsets = split.random_offsets((cfg.seed, 0), cfg.eval_iters * B, T)
     else:
         offsets = np.arange(0, split.tokens - 1, T)
@@ -146,4 +145,4 @@ def make(name, folder):
                         '12 GB, with prepare_openwebtext.py)')
     script, *args = PREPARE[name].split()
     if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
-        raise UserError(f'{PREPARE[name]} could not make {folder}: run it by hand to see why')
+        raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')

@@ -61,11 +61,10 @@ def hugging_face_weights(model):
     parts = {'q_proj': c.n_head, 'k_proj': c.n_kv_head, 'v_proj': c.n_kv_head}  # in heads
     for name in [name for name in weights if 'qkv_proj' in name]:  # there, it is three matrices
         rows = weights.pop(name).split([heads * c.head_size for heads in parts.values()])
-        weights |= {name.replace('qkv_proj', part): w for part, w in zip(parts, rows)}
+        weights |= {name.replace('qkv_proj', part): own for part, own in zip(parts, rows)}
     return weights
 
 
-@torch.no_grad()
 def read_pretrained(cls, name, dropout):
     """A `cls`, or one of its subclasses, with the weights of a folder or a name on Hugging Face.
 

@@ -36,7 +36,7 @@ class LlamaConfig(GPTConfig):
         self.head_size = self.head_size or self.n_embd // self.n_head
         # Three matrices instead of two, so 8/3 of the width instead of 4; a multiple of 32.
         self.n_hidden = self.n_hidden or 32 * max(1, round(8 * self.n_embd / 3 / 32))
-        if self.bias or self.n_head % self.n_kv_head or self.head_size % 2:
+        if self.bias or self.n_kv_head < 1 or self.n_head % self.n_kv_head or self.head_size % 2:
             raise ValueError(f'bias={self.bias}, n_head={self.n_head}, n_kv_head={self.n_kv_head} '
                              f'and head_size={self.head_size}: a Llama has no bias, n_head must '
                              'be a multiple of n_kv_head, and head_size even')
@@ -45,7 +45,7 @@ class LlamaConfig(GPTConfig):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight: LayerNorm without the mean and the bias.
 
-    The mean is over the last dimension. Zhang & Sennrich 2019, arXiv:1910.07467.
+    The mean of squares is over the last dimension. Zhang & Sennrich 2019, arXiv:1910.07467.
     """
 
     def forward(self, x):
@@ -209,8 +209,8 @@ class Muon(torch.optim.Optimizer):
     n_embd rows each as a rule, and Jordan's factor for it, sqrt(rows / columns), is then 1. Pieces
     of one shape are multiplied together.
 
-    Settings as torch.optim.Muon's: lr, momentum, weight_decay, ns_steps; and bf16, to multiply in,
-    since a direction needs few digits.
+    Settings as torch.optim.Muon's: lr, momentum, weight_decay, ns_steps; and bf16: whether to
+    multiply in it, since a direction needs few digits.
     """
 
     @torch.no_grad()

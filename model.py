@@ -5,7 +5,7 @@
     idx = model.generate(idx, max_new_tokens=100)  # one token after another
 
 Read it from top to bottom: config, attention, MLP, block, GPT, loss; then sampling; then `Bigram`,
-the smallest language model there is. Nothing here knows of flags, datasets or training.
+the smallest language model there is. Nothing here knows of flags, datasets or optimizers.
 
 The architecture is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762.
@@ -157,7 +157,6 @@ class LanguageModel(nn.Module):
         """Number of weights, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    @torch.no_grad()
     def init_weights(self):
         """Draw all weights, one after the other, by the model's `init_parameter`."""
         for name, p in self.named_parameters():
@@ -264,7 +263,7 @@ def logits_and_loss(x, lm_head, targets, loss_only):
     """What `GPT.forward` returns. x: what the head takes, (B, T, n_embd), or a Bigram's ids."""
     if targets is None:
         return lm_head(x[:, [-1]]), None
-    plain = isinstance(lm_head, nn.Linear)  # not quantized, nor a Bigram's table
+    plain = isinstance(lm_head, nn.Linear)  # not in 8 bits, packed, or a Bigram's table
     if loss_only and plain and targets.numel() * lm_head.out_features > MAX_LOGITS:
         # As a rule with GPT-2's vocabulary: the same loss, without all logits in memory at once.
         return None, ChunkedLoss.apply(x.flatten(0, 1), lm_head.weight, targets.flatten())
@@ -328,12 +327,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             logits = logits[:, -1, :vocab_size].float()
             unread = sample_from(logits, temperature, top_k, top_p, generator)
             yield unread
-            if window.size(1) == block_size:
-                window = window[:, block_size - block_size // 2 + 1 :]
-                window = unread = torch.cat([window, unread], dim=1)
+            window = torch.cat([window, unread], dim=1)
+            if window.size(1) > block_size:
+                window = unread = window[:, -max(1, block_size // 2) :]
                 cache = model.new_cache(room)
-            else:
-                window = torch.cat([window, unread], dim=1)
     finally:
         model.train(was_training)
 
@@ -383,5 +380,5 @@ class Bigram(LanguageModel):
         nn.init.zeros_(p)  # every next token is equally likely: the loss is ln vocab_size
 
     def forward(self, idx, targets=None, cache=None, loss_only=False):
-        """As `GPT.forward`; there is nothing to cache."""
+        """As `GPT.forward`, for any number of tokens; there is nothing to cache."""
         return logits_and_loss(idx, self.table, targets, loss_only)

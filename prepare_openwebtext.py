@@ -258,7 +258,8 @@ def prepare(cfg):
     folder, source = os.path.join('data', cfg.dataset), cfg.input or URL
     inputs = files_in(cfg.input) if cfg.input else [os.path.join(folder, n) for n in SUBSETS]
     if not inputs:
-        raise UsageError(f'input={cfg.input} must be a file, or a folder, of {" ".join(SUFFIXES)}')
+        raise UsageError(f'input={cfg.input} is missing or has no {", ".join(SUFFIXES)} file: '
+                         'name the archives that you have, or their folder')
     progress, workers = console.Progress(), cfg.num_proc or min(8, os.cpu_count() or 1)
     with (
         console.locked(folder),

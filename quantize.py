@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from console import UserError
+from console import UsageError
 
 
 class Int8(nn.Module):
@@ -78,7 +78,7 @@ def quantize_int8(model):
 def ready(model, device, dtype, quantize='', compiled=False):
     """Bring a model, in place, into the form that samples fastest on `device`; returns it."""
     if quantize not in ('', 'int8'):
-        raise UserError(f'quantize={quantize!r} must be int8, or be left out')
+        raise UsageError(f'quantize={quantize!r} must be int8, or be left out')
     model.to(device, dtype).eval()
     if quantize == 'int8':
         return quantize_int8(model)

@@ -149,7 +149,7 @@ class Ranks:
 
     def any(self, flag):
         """Whether `flag` is true on any rank; asked on the CPU, so that nobody waits for a GPU."""
-        return bool(self.sum(torch.tensor(float(flag))).item() if self.world_size > 1 else flag)
+        return bool(self.sum(torch.tensor(float(flag))))
 
 
 def build(cls, config, weights, device, shard=False, seed=0):
@@ -157,8 +157,8 @@ def build(cls, config, weights, device, shard=False, seed=0):
 
     With `shard`, each rank makes and keeps only its part of every weight, of a gradient, and of
     what an optimizer keeps (FSDP; ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054). Only rank 0
-    needs `weights`; whole weights exist one at a time. The numbers are the same either way. Raises
-    ValueError, in one line, where the weights do not fit.
+    needs `weights`; whole weights exist one at a time. Sharded or not, the numbers are the same.
+    Raises ValueError, in one line, where the weights do not fit.
     """
     with torch.device('meta' if shard else device):
         model = cls(config)
@@ -192,14 +192,15 @@ def placed_like(tensor, p):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
-    return tensor.to(p.device).contiguous()
+    return tensor.to(p.device).contiguous()  # a fused optimizer takes memory as it lies
 
 
 def gathered(value):
     """`value`, a tensor or nested dicts, with all that is sharded gathered.
 
     All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead, but
-    for scalars, which all get. What a dict has under two names, a shared weight, stays shared.
+    for scalars, which all get. A weight under two names stays shared, if the dict has parameters
+    themselves (`keep_vars`).
     """
     if isinstance(value, dict):
         once = {id(item): gathered(item) for item in value.values()}
@@ -224,8 +225,9 @@ def wrap(raw, cfg, ranks, device, amp, example):
                 _, loss = model(*example, loss_only=True)
             loss.backward()
         except Exception as error:
-            print(f'torch.compile failed ({shorten(repr(error), 200)}): going on without it; '
-                  '--compile=false says so at once')
+            Progress(ranks.is_main).say(
+                f'torch.compile failed ({shorten(repr(error), 200)}): going on without it; '
+                '--compile=false says so at once')
             model = raw
         raw.zero_grad()
     if ranks.world_size == 1 or cfg.shard:  # a sharded model averages by itself

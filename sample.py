@@ -33,7 +33,7 @@ class SampleConfig:
     temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
     top_k: int | None = 200  # only the k likeliest tokens count; none for all
     top_p: float | None = None  # only the likeliest tokens that reach this probability together
-    stop: str = ''  # a text ends where this comes up
+    stop: str = ''  # a text ends before this, which is not shown
     seed: int = 1337  # the same seed, the same texts
     device: str = 'auto'  # the best there is of cuda, mps, cpu
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32

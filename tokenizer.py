@@ -1,6 +1,6 @@
 """Text to ids and back: single characters, GPT-2's byte pairs, or a Hugging Face tokenizer.
 
-    tokenizer = CharTokenizer('hello')    # e h l o are 0 1 2 3
+    tokenizer = CharTokenizer('hello')       # e h l o are 0 1 2 3
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 

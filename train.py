@@ -1,7 +1,7 @@
 """Train a GPT.
 
     python train.py config/train_wizard_char.py                    # a minute or two on a laptop
-    python train.py config/train_wizard_char.py --max_iters=3000   # flags override files
+    python train.py config/train_wizard_char.py --max_iters=3000   # what comes later wins
     python train.py config/train_wizard_char.py --init_from=resume # go on where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
@@ -57,7 +57,7 @@ class TrainConfig:
     # model
     init_from: str = 'scratch'  # scratch, resume, a checkpoint, or Hugging Face's: gpt2, a folder
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
-    model_size: str = ''  # a name from model.py's table, for what is not set of the three below
+    model_size: str = ''  # a name in model.py's table; it replaces the defaults of the three below
     n_layer: int = 12  # depth: how many blocks, one after the other
     n_head: int = 12  # attention heads; n_embd must divide by it
     n_embd: int = 768  # width: numbers that stand for a token in each block
@@ -236,12 +236,12 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             restore(optimizers, scaler, checkpoint)
             start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
             log_position = checkpoint['log']
-            # A finished run wrote its last row after ckpt.pt, so that is evaluated again.
+            # A finished run's last row came after ckpt.pt: extended, it evaluates there again.
             former_max_iters = checkpoint['config'].get('max_iters')
             progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
                          f'goes on from {learning_rate(cfg, start):.3g}')
         overridden = [f'{name}={value}' for name, value in vars(cfg).items()
-                      if getattr(asked, name) not in (None, value)]
+                      if getattr(asked, name) not in (None, value)]  # None leaves it open
         if overridden:
             progress.say(f'from the checkpoint: {", ".join(overridden)}')
     del checkpoint  # a second copy of everything
@@ -280,7 +280,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         last, improved, losses = it == cfg.max_iters, False, {}
         began = time.perf_counter()
         if it % cfg.eval_interval == 0 or last or it == start == former_max_iters:
-            splits = {name: data.splits[name] for name in ('train', 'val')}
+            # val first, as a rule the shorter: too short for block_size, it is told at once
+            splits = {name: data.splits[name] for name in ('val', 'train')}
             losses = evaluate(model, splits, cfg, ranks, device, amp, stop, progress)
         if losses:
             # Equal is enough: a run killed before it saved best.pt finds the same loss again.

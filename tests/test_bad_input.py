@@ -171,7 +171,7 @@ TABLE = {
         tiny(out_dir='f/out'), ['into f/out ', 'choose another'], put('f', 'x')),
     # datasets
     'no dataset': (tiny(dataset='none'), ['data/none', 'prepare_text.py'], nothing),
-    'prepare fails': (tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'by hand'],
+    'prepare fails': (tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'see what it says above'],
                       preparing('prepare_wizard_char.py --input=none.txt')),
     'no val.bin': (tiny(), ['data/tiny/val.bin', 'prepare'], remove('data/tiny/val.bin')),
     'odd bytes': (tiny(), ['data/tiny/val.bin', '3 bytes', 'prepare'],
@@ -190,7 +190,10 @@ TABLE = {
     'empty meta.json': (tiny(), ['data/tiny/meta.json'], put('data/tiny/meta.json', '')),
     'meta.json that is a list': (tiny(), ['meta.json'], put('data/tiny/meta.json', '[]')),
     'meta.json without a tokenizer': (tiny(), ['meta.json'], put('data/tiny/meta.json', '{}')),
-    'meta.json with an unknown one': (tiny(), ["'bpe'"], edit_meta(tokenizer={'type': 'bpe'})),
+    'meta.json without its size': (
+        tiny(), ['meta.json', 'vocab_size'], edit_meta(tokenizer={'type': 'gpt2'})),
+    'meta.json with an unknown one': (
+        tiny(), ["'bpe'"], edit_meta(tokenizer={'type': 'bpe', 'vocab_size': 9})),
     'meta.json with broken characters': (
         tiny(), ['char'], edit_meta(tokenizer={'type': 'char', 'chars': 'ba', 'vocab_size': 2})),
     'meta.pkl': (tiny(), ['meta.pkl', 'prepare_text.py'], both(

@@ -368,9 +368,9 @@ def test_errors_are_one_line(bpe, folder):
     write('a.zip', b'PK')
     os.mkdir('empty')
     for flags, kind, words in [
-        (['--input=nowhere'], UsageError, 'input=nowhere must be'),
-        (['--input=a.zip'], UsageError, 'a.zip must be .*.tar'),
-        (['--input=empty'], UsageError, 'empty must be'),
+        (['--input=nowhere'], UsageError, 'input=nowhere is missing or has'),
+        (['--input=a.zip'], UsageError, 'a.zip is missing or has .*.tar'),
+        (['--input=empty'], UsageError, 'empty is missing or has'),
         (['--num_proc=-1'], UsageError, 'num_proc=-1'),
         (['--val_fraction=1'], UsageError, 'val_fraction=1.0'),
         (['--dataset=a/b'], UsageError, "dataset='a/b'"),

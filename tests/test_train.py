@@ -319,7 +319,7 @@ def test_a_nanogpt_checkpoint_of_fewer_tokens_is_refused(tiny):
     del checkpoint['tokenizer']
     torch.save(checkpoint, 'out/ckpt.pt')
     raw_gpt2_ids()
-    with pytest.raises(UserError, match='trained on other tokens than theirs has now'):
+    with pytest.raises(UserError, match='trained on other tokens than data/theirs has'):
         train.train(TrainConfig(**TINY | dict(init_from='resume', dataset='theirs')))
 
 
