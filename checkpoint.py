@@ -124,14 +124,16 @@ def starting_point(cfg, tokenizer, ranks, device):
             torch.distributed.broadcast_object_list(found)  # from rank 0
         cls, config, theirs = found[0]
         if cls is not Bigram and cfg.block_size > config.block_size:
-            raise ValueError(f'block_size={cfg.block_size} must be at most {config.block_size}, '
-                             f'that of {cfg.init_from}')
+            raise UserError(f"block_size={cfg.block_size} exceeds the model's {config.block_size}")
         weights = model.state_dict() if reads else {}
         if 'transformer.wpe.weight' in weights:
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:cfg.block_size]
         if theirs != state:
             adapt_alphabet(weights, theirs, state, cfg.init_from)
             config.vocab_size = state['vocab_size']
+        if state['vocab_size'] > config.vocab_size:
+            raise ValueError(f'{cfg.init_from} has {config.vocab_size} rows of weights for the '
+                             f'{state["vocab_size"]} tokens of {cfg.dataset}: take other weights')
         config = replace(config, block_size=cfg.block_size, dropout=cfg.dropout)
     actual = {name: value for name, value in vars(config).items() if hasattr(cfg, name)}
     actual['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)

@@ -102,8 +102,10 @@ def read_pretrained(cls, name, dropout):
         weights = loaded.state_dict()
         for key, weight in hugging_face_weights(model).items():
             weight.copy_(weights[key])
-    except RuntimeError as error:  # a tensor of another shape
-        raise ValueError(f'the weights of {name} do not fit its config.json: '
+    except (OSError, ValueError, ImportError):  # these say it themselves
+        raise
+    except Exception as error:  # a tensor of another shape, or a file that is cut
+        raise ValueError(f'the weights of {name} are damaged or do not fit its config.json: '
                          + shorten(str(error), 100)) from None
     if missing := sorted(report['missing_keys']):  # it drew them at random
         raise ValueError(f'{name} has no {shorten(", ".join(missing), 100)}: get it again')
@@ -153,7 +155,10 @@ def export(model, tokenizer, folder):
     weights = theirs.state_dict()  # biases that our model doesn't have are zero there
     for name, weight in hugging_face_weights(model).items():
         weights[name].copy_(weight[: len(weights[name])])
-    theirs.save_pretrained(folder)
+    try:
+        theirs.save_pretrained(folder)
+    except Exception as error:  # safetensors has a type of its own for a full disk
+        raise UserError(f'cannot write weights ({shorten(str(error), 100)}): make room') from None
     fast = hugging_face_tokenizer(tokenizer)
     end = None if eot is None else fast.id_to_token(eot)
     PreTrainedTokenizerFast(

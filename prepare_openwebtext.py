@@ -16,7 +16,6 @@ for any --num_proc. meta.json has the sha256 of train.bin and val.bin joined.
 """
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
@@ -34,6 +33,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 
 import console
@@ -234,7 +234,7 @@ def download(path, progress):
 
 def files_in(path):
     """The files that we read in a folder and the folders in it, by name; or a file itself."""
-    found = [path, *glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)]
+    found = [path, *map(str, Path(path).rglob('[!.]*'))]  # not into links, which may loop
     return sorted(file for file in found if file.endswith(SUFFIXES) and os.path.isfile(file))
 
 

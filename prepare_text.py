@@ -70,7 +70,7 @@ def write_meta(folder, tokenizer, source, sha256, tokens):
         'sha256': sha256, 'tokens': tokens,
     }
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
-        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode() + b'\n')
+        file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # if the disk is full, the files of before stay
         for old in ('train.bin', 'test.bin'):
             Path(folder, old).unlink(missing_ok=True)

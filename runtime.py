@@ -275,9 +275,9 @@ def stop_signal(speaks):
 class Log:
     """`log.csv`, one row per logged iteration; loss.png; and Weights & Biases if asked for.
 
-    The rows of a new run wait in memory until `open`, at its first save: nothing of a former run
-    is touched before there is something to keep. A resumed run goes on at `position`, which its
-    checkpoint has: what was written after that is cut off, and will be written again.
+    The rows of a new run wait in memory until `open`, after its first save: nothing of a former
+    run is touched before there is something to keep. A resumed one goes on at `position`, which
+    its checkpoint has: what was written after that is cut off, and will be written again.
     """
 
     columns = ('iteration tokens epochs train_loss train_eval_loss val_loss learning_rate '

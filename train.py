@@ -234,15 +234,15 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         start, best_val_loss, log_position, former_max_iters = 0, math.inf, None, None
         if checkpoint and not cfg.eval_only:
             restore(optimizers, scaler, checkpoint)
-            start, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-            log_position = checkpoint['log']
+            start, log_position = checkpoint['iter_num'], checkpoint['log']
+            if checkpoint['config'].get('dataset') == cfg.dataset:  # else no loss is comparable
+                best_val_loss = checkpoint['best_val_loss']
             # A finished run's last row came after ckpt.pt: extended, it evaluates there again.
             former_max_iters = checkpoint['config'].get('max_iters')
             progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
                          f'goes on from {learning_rate(cfg, start):.3g}')
-        overridden = [f'{name}={value}' for name, value in vars(cfg).items()
-                      if getattr(asked, name) not in (None, value)]  # None leaves it open
-        if overridden:
+        if overridden := [f'{name}={value}' for name, value in vars(cfg).items()
+                          if getattr(asked, name) not in (None, value)]:  # None: it was open
             progress.say(f'from the checkpoint: {", ".join(overridden)}')
     del checkpoint  # a second copy of everything
 
@@ -280,8 +280,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         last, improved, losses = it == cfg.max_iters, False, {}
         began = time.perf_counter()
         if it % cfg.eval_interval == 0 or last or it == start == former_max_iters:
-            # val first, as a rule the shorter: too short for block_size, it is told at once
-            splits = {name: data.splits[name] for name in ('val', 'train')}
+            splits = {name: data.splits[name] for name in ('val', 'train')}  # the shorter first
             losses = evaluate(model, splits, cfg, ranks, device, amp, stop, progress)
         if losses:
             # Equal is enough: a run killed before it saved best.pt finds the same loss again.
@@ -297,7 +296,6 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                 raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
             if ranks.is_main and not log.is_open and console.set_aside(cfg.out_dir):
                 progress.say(f'the former run in {cfg.out_dir} is now in {cfg.out_dir}/previous')
-            log.open()
             best = {
                 'model': runtime.gathered(raw.state_dict(keep_vars=True)),
                 # without gelu, so that nanoGPT can load it; config has it
@@ -316,6 +314,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             }
             if ranks.is_main:
                 save(f'{cfg.out_dir}/ckpt.pt', state)
+                log.open()
             if ranks.is_main and improved:
                 save(f'{cfg.out_dir}/best.pt', best)
             ranks.any(False)  # all wait, or else torchrun soon ends rank 0, which still saves

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -285,10 +287,45 @@ def test_a_run_that_could_not_save_displaces_no_former_run(tiny, monkeypatch):
         patch.setattr(train, 'save', full)
         with pytest.raises(UserError, match='full'):
             run(seed=1)
-    assert os.path.exists('out/log.csv')  # it had begun
+    assert os.listdir('out') == ['previous']  # nothing of the run that saved nothing
     run(seed=2)
     assert contents('out/previous') == former
     assert [int(row['iteration']) for row in log_rows()] == list(range(7))
+
+
+def test_a_log_without_its_checkpoints_is_moved_as_well(tiny):
+    run()
+    former = contents('out')
+    os.remove('out/ckpt.pt')
+    os.remove('out/best.pt')
+    run(seed=1)
+    assert contents('out/previous')['log.csv'] == former['log.csv']
+
+
+def test_other_data_are_no_measure_for_the_best_loss(tiny, monkeypatch):
+    run(max_iters=6)
+    first = load_checkpoint('out/best.pt')
+    shutil.copytree('data/tiny', 'data/other')
+    losses = itertools.count(first['best_val_loss'] + 2, -0.1)  # falling, but above
+    monkeypatch.setattr(train, 'evaluate', lambda *_: dict.fromkeys(('train', 'val'), next(losses)))
+    run(max_iters=9, init_from='resume', dataset='other')
+    assert load_checkpoint('out/best.pt')['iter_num'] == 9
+
+
+def test_more_tokens_than_rows_are_refused(tiny):
+    """They would fail in the middle of a run, with the first of them."""
+    run(max_iters=1)
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    state = checkpoint['tokenizer']
+    state['chars'] += '\u2260'
+    state['vocab_size'] += 1
+    torch.save(checkpoint, 'out/ckpt.pt')
+    with open('data/tiny/meta.json') as file:
+        meta = json.load(file)
+    with open('data/tiny/meta.json', 'w') as file:
+        json.dump(meta | {'tokenizer': state}, file)
+    with pytest.raises(UserError, match='64 rows of weights for the 65 tokens of tiny'):
+        run(init_from='out/ckpt.pt', out_dir='new')
 
 
 def test_a_resumed_run_saves_where_its_log_ends(tiny):

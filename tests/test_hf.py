@@ -78,6 +78,24 @@ def test_a_folder_that_lacks_weights_is_refused(theirs):
         GPT.from_pretrained('hf')
 
 
+def test_cut_weights_are_refused(theirs):
+    os.truncate('hf/model.safetensors', 5000)
+    with pytest.raises(ValueError, match='the weights of hf are damaged or do not fit'):
+        GPT.from_pretrained('hf')
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, monkeypatch):
+    def full(model, folder):
+        os.makedirs(folder)
+        raise Exception('No space left on device')
+
+    train.train(TrainConfig(**TINY | dict(max_iters=1)))
+    monkeypatch.setattr(transformers.PreTrainedModel, 'save_pretrained', full)
+    with pytest.raises(UserError, match='No space left on device.: make room'):
+        export_hf.main(['--to=a/b'])
+    assert not os.listdir('a')
+
+
 def greedy(folder, prompt, new):
     """What transformers writes from a folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

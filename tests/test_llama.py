@@ -88,8 +88,8 @@ def test_it_has_as_many_weights_as_gpt2(n_layer, n_embd):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(n_kv_head=3), 'n_kv_head=3'), (dict(n_embd=36), 'head_size=9'),
-    (dict(bias=True), 'bias'),
+    (dict(n_kv_head=3), 'n_kv_head=3'), (dict(n_kv_head=-1), 'n_kv_head=-1'),
+    (dict(n_embd=36), 'head_size=9'), (dict(bias=True), 'bias'),
 ])
 def test_impossible_shapes_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):

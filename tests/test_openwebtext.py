@@ -316,6 +316,14 @@ def test_a_damaged_archive(bpe, folder, how):
     assert not os.path.exists('data/web')
 
 
+def test_a_linked_folder_is_not_read_twice(folder):
+    os.makedirs('in/a')
+    write('in/a/b.tar', b'')
+    os.symlink('..', 'in/a/loop')
+    os.symlink('in', 'linked')
+    assert owt.files_in('in') == ['in/a/b.tar'] and owt.files_in('linked') == ['linked/a/b.tar']
+
+
 def test_a_damaged_tar(bpe, folder):
     tar = make_tar(make_archives(make_documents()))
     starts = [member.offset for member in tarfile.open(fileobj=io.BytesIO(tar))]
