@@ -76,7 +76,7 @@ def quantize_int8(model):
 
 
 def ready(model, device, dtype, quantize='', compiled=False):
-    """Bring a model, in place, into the form that samples fastest on `device`; returns it."""
+    """Bring a model, in place, into its fastest form to sample. Raises UsageError."""
     if quantize not in ('', 'int8'):
         raise UsageError(f'quantize={quantize!r} must be int8, or be left out')
     model.to(device, dtype).eval()

@@ -29,7 +29,7 @@ from console import Progress, UsageError, UserError, file_errors, user_errors
 
 
 def device_and_dtype(cfg):
-    """The torch device and dtype of a run; each of several processes has a GPU of its own."""
+    """The torch device and dtype of a run, a GPU for each process. Raises UsageError."""
     name = cfg.device
     if name == 'auto':
         name = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
@@ -46,7 +46,7 @@ def device_and_dtype(cfg):
 
 
 def pick_dtype(name, device):
-    """The torch dtype for `dtype`: 'auto' takes what the hardware multiplies natively."""
+    """The torch dtype called `name`; 'auto': what the hardware multiplies. Raises UsageError."""
     if name != 'auto':
         names = ['float32', 'bfloat16'] + ['float16'] * (device.type != 'cpu')
         if name not in names:

@@ -37,7 +37,7 @@ class CharTokenizer:
         except KeyError as unknown:
             char, = unknown.args
             raise UserError(f'the character {char!r} at position {text.index(char)} is not among '
-                            f'those that the model knows: {self.chars[:200]!r}') from None
+                            f'these: {self.chars[:200]!r}, so leave it out') from None
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
@@ -154,7 +154,7 @@ def tokenizer_of(name):
 
 
 def prompt_ids(tokenizer, text):
-    """The ids to begin writing with, at least one."""
+    """The ids to begin writing with, at least one. Raises UserError if there are none."""
     if text == '\n' and isinstance(tokenizer, CharTokenizer) and text not in tokenizer.chars:
         text = tokenizer.chars[0]  # it is the default, but not every text has line breaks
     ids = tokenizer.encode(text).tolist()

@@ -82,7 +82,7 @@ class TrainConfig:
     decay_lr: bool = True  # false keeps the learning rate constant, from the first update on
     warmup_iters: int = 2000  # iterations of linear rise to the peak
     lr_decay_iters: int | None = None  # iteration at which min_lr is reached; none means max_iters
-    min_lr: float = 6e-5  # a tenth of the peak is usual
+    min_lr: float = 6e-5  # a tenth of the peak is usual; above the peak, the rate rises to it
     # machine
     backend: str = 'auto'  # for several processes: nccl on GPUs, gloo on CPU
     device: str = 'auto'  # the best there is of cuda, mps, cpu; or one by name, say cuda:1
