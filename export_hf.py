@@ -73,7 +73,8 @@ def read_pretrained(cls, name, dropout):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
     from transformers.utils import logging
-    from huggingface_hub.utils import enable_progress_bars  # it comes with transformers
+    from huggingface_hub.utils import enable_progress_bars  # this and the next come with it
+    from safetensors import SafetensorError
 
     logging.disable_progress_bar()  # of reading: it would be on the screen before an error
     enable_progress_bars()  # of a download, which may take long
@@ -102,9 +103,7 @@ def read_pretrained(cls, name, dropout):
         weights = loaded.state_dict()
         for key, weight in hugging_face_weights(model).items():
             weight.copy_(weights[key])
-    except (OSError, ValueError, ImportError):  # these say it themselves
-        raise
-    except Exception as error:  # a tensor of another shape, or a file that is cut
+    except (RuntimeError, SafetensorError) as error:  # a tensor of another shape; a cut file
         raise ValueError(f'the weights of {name} are damaged or do not fit its config.json: '
                          + shorten(str(error), 100)) from None
     if missing := sorted(report['missing_keys']):  # it drew them at random
@@ -148,6 +147,7 @@ def export(model, tokenizer, folder):
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from safetensors import SafetensorError  # it comes with transformers
 
     settings['vocab_size'] = tokenizer.vocab_size  # without padding
     config = AutoConfig.for_model(kind, **settings, bos_token_id=eot, eos_token_id=eot)
@@ -157,7 +157,7 @@ def export(model, tokenizer, folder):
         weights[name].copy_(weight[: len(weights[name])])
     try:
         theirs.save_pretrained(folder)
-    except Exception as error:  # safetensors has a type of its own for a full disk
+    except SafetensorError as error:  # of a full disk, say; it is no OSError
         raise UserError(f'cannot write weights ({shorten(str(error), 100)}): make room') from None
     fast = hugging_face_tokenizer(tokenizer)
     end = None if eot is None else fast.id_to_token(eot)

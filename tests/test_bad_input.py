@@ -171,8 +171,9 @@ TABLE = {
         tiny(out_dir='f/out'), ['into f/out ', 'choose another'], put('f', 'x')),
     # datasets
     'no dataset': (tiny(dataset='none'), ['data/none', 'prepare_text.py'], nothing),
-    'prepare fails': (tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'see what it says above'],
-                      preparing('prepare_wizard_char.py --input=none.txt')),
+    'prepare fails': (
+        tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'see what it says above'],
+        preparing('prepare_wizard_char.py --input=none.txt')),
     'no val.bin': (tiny(), ['data/tiny/val.bin', 'prepare'], remove('data/tiny/val.bin')),
     'odd bytes': (tiny(), ['data/tiny/val.bin', '3 bytes', 'prepare'],
                   put('data/tiny/val.bin', b'abc')),
