@@ -307,7 +307,8 @@ def test_other_data_are_no_measure_for_the_best_loss(tiny, monkeypatch):
     first = load_checkpoint('out/best.pt')
     shutil.copytree('data/tiny', 'data/other')
     losses = itertools.count(first['best_val_loss'] + 2, -0.1)  # falling, but above
-    monkeypatch.setattr(train, 'evaluate', lambda *_: dict.fromkeys(('train', 'val'), next(losses)))
+    monkeypatch.setattr(
+        train, 'evaluate', lambda *_: dict.fromkeys(('train', 'val'), next(losses)))
     run(max_iters=9, init_from='resume', dataset='other')
     assert load_checkpoint('out/best.pt')['iter_num'] == 9
 

@@ -337,7 +337,8 @@ def test_a_bigram_goes_on_but_not_with_another_alphabet(tiny):
     more = TINY | dict(model='bigram', init_from='out', out_dir='more')
     train.train(TrainConfig(**more | dict(block_size=8)))
     prepare_text.prepare('zyx ' * 100, 'other')
-    with pytest.raises(UserError, match='on char tokens, .* other .char. ones: train from scratch'):
+    with pytest.raises(
+            UserError, match='on char tokens, .* other .char. ones: train from scratch'):
         train.train(TrainConfig(**more | dict(dataset='other')))
     with pytest.raises(UserError, match='Bigram has no Hugging Face form'):
         export_hf.main(['--out_dir=out', '--to=hf'])
