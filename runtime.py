@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import inspect
 import io
 import os
 import signal
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 
 import plot_loss
 from console import Progress, UsageError, UserError, file_errors, user_errors
@@ -64,6 +66,11 @@ def pick_dtype(name, device):
 def tune(device, shard=False):
     """Make the fast way the default, once at start-up; returns a warning, or None."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
+    # Undecorated: the decorators import torch.compile's machinery, which takes a second or more,
+    # only to keep these methods out of its graphs.
+    for name in ('add_param_group', 'state_dict', 'load_state_dict'):
+        setattr(Optimizer, name, inspect.unwrap(getattr(Optimizer, name)))
+    AdamW.step = torch.no_grad()(inspect.unwrap(AdamW.step))
     if device.type != 'cpu' or sys.platform != 'linux':
         return None
     # glibc hands every large block back to the kernel and faults it in again, zeroed, on the next
