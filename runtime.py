@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import gc
 import inspect
 import io
 import os
@@ -66,6 +67,7 @@ def pick_dtype(name, device):
 def tune(device, shard=False):
     """Make the fast way the default, once at start-up; returns a warning, or None."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
+    gc.freeze()  # what is imported stays: searching it for garbage takes a tenth of a second
     # Undecorated: the decorators import torch.compile's machinery, which takes a second or more,
     # only to keep these methods out of its graphs.
     for name in ('add_param_group', 'state_dict', 'load_state_dict'):

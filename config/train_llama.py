@@ -18,6 +18,7 @@ gradient_accumulation_steps = 5 * 8  # 40 x 12 x 1024 = 491,520 tokens
 optimizer = 'muon'
 muon_lr = 0.02
 muon_weight_decay = 0.1
+muon_steps = 5  # of an update of half a million tokens, a small part
 learning_rate = 6e-4  # AdamW's, for embeddings and norms
 min_lr = 0.0  # down to zero: Muon's updates don't shrink by themselves
 weight_decay = 0.1

@@ -243,6 +243,19 @@ with runtime.stop_signal(speaks=True) as stop:
     assert process.wait(timeout=20) == -signal.SIGINT  # a shell makes it 128 + SIGINT as well
 
 
+def test_a_run_on_a_cpu_does_not_wait_for_the_import_of_torch_compile(tiny):
+    code = f'''
+import sys
+sys.path.insert(0, {ROOT!r})
+import train
+train.main({flags(**RUN | dict(max_iters=2))!r})
+train.main({flags(**RUN | dict(max_iters=3, init_from='resume'))!r})
+print('torch._dynamo' in sys.modules)
+'''
+    process = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    assert process.returncode == 0 and process.stdout.endswith('False\n')
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(tiny):
     """30 kills of a run that saves at every iteration, then the end: as if nothing had been."""
