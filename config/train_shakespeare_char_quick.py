@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters, in 6 to 9 s from a standing start on two CPU cores with bf16,
+# Tiny Shakespeare by characters, in 7 to 10 s from a standing start on two CPU cores with bf16,
 # once the dataset is there: a validation loss of 1.867 nats per character (1.872 over the whole
 # split; 1.872 and 1.866 with --seed=2 and 3). Tried beside it, over the whole split: 200 updates
 # of 48 sequences, 1.878; 4 heads, 1.882; muon_lr=0.05, 1.873; 160 updates, 1.884; 160 of
