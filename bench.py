@@ -26,7 +26,7 @@ import runtime
 from configurator import override
 from model import GPT, GPTConfig
 from prepare_wizard_char import RETOLD
-from quantize import ready
+from quantize import prepare_for_sampling
 from train import TrainConfig, train
 
 
@@ -59,8 +59,8 @@ def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
 def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
     device, dtype = runtime.device_and_dtype(cfg)
-    runtime.tune(device)
-    model = ready(GPT(GPTConfig(**shape)), device, dtype, quantize)
+    runtime.set_speed_options()
+    model = prepare_for_sampling(GPT(GPTConfig(**shape)), device, dtype, quantize)
     speeds = []
     for _ in range(6):
         idx = torch.randint(65, (samples, prompt), device=device)

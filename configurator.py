@@ -4,9 +4,10 @@
 
 `override` applies them from left to right onto a dataclass whose fields are the settings. An
 override file is Python code, run with your rights. Every name that it assigns must be a setting,
-except modules that it imports and names that start with an underscore.
+except names that start with an underscore and what it imports.
 """
 
+import ast
 import difflib
 import inspect
 import os
@@ -15,7 +16,6 @@ import runpy
 import sys
 from contextlib import suppress
 from dataclasses import fields, replace
-from types import ModuleType
 from typing import get_args
 
 from console import UsageError
@@ -28,33 +28,39 @@ def override(config, argv, usage=''):
     """Return a copy of the dataclass `config` with the files and flags of `argv` applied.
 
     A flag is --key=value; a bare --flag means true. Dashes in a flag's name count as underscores.
-    `--help` prints `usage` and every setting with its default and reason, and exits. Raises
-    UsageError, in one line, for a broken file, an unknown name or a value of the wrong type.
+    A field's metadata may say which others it `resets` to None. `--help` prints `usage` and every
+    setting with its default and reason, and exits. Raises UsageError for a broken file, an unknown
+    name or a value of the wrong type.
     """
     if '--help' in argv or '-h' in argv:
-        print(usage.strip() + '\n\n' + describe(config))
+        print(f'{(usage or "").strip()}\n\n{describe(config)}')  # python -OO has no docstrings
         sys.exit(0)
-    # The types that a setting takes: (float, NoneType) for `float | None`, (int,) for `int`.
-    types = {field.name: get_args(field.type) or (field.type,) for field in fields(config)}
+    known = {field.name: field for field in fields(config)}
     values = {}
     for arg in argv:
         is_flag = arg.startswith('-')
         flag, equals, text = arg.partition('=')
-        assigned = {flag.lstrip('-').replace('-', '_'): text} if is_flag else run_file(arg)
+        assigned = {flag.lstrip('-').replace('-', '_'): text} if is_flag else run_file(arg, known)
         for name, value in assigned.items():
-            if name not in types:
-                raise UsageError(f'{arg}: {name!r} is not a setting: {suggestion(name, types)}')
-            allowed = types[name]
+            if name not in known:
+                raise UsageError(f'{arg}: {name!r} is not a setting: {suggestion(name, known)}'
+                                 + '; a name of your own must begin with _' * (not is_flag))
+            # The types that it takes: (float, NoneType) for `float | None`, (int,) for `int`.
+            allowed = get_args(known[name].type) or (known[name].type,)
             if is_flag and not equals and bool not in allowed:
                 raise UsageError(f'{flag} needs a value: write {flag}=VALUE, with no space')
             if is_flag and str not in allowed:
                 value = parsed(text if equals else 'true')
+            values |= dict.fromkeys(known[name].metadata.get('resets', ()))
             values[name] = checked(value, allowed, f'{arg}: {name}={value!r}')
     return replace(config, **values)
 
 
-def run_file(path):
-    """What an override file assigns; it is looked for here, then beside the scripts."""
+def run_file(path, known):
+    """The names that an override file assigns, a dict.
+
+    The file is looked for in the current folder, then beside this file.
+    """
     found = path if os.path.exists(path) else os.path.join(os.path.dirname(__file__), path)
     if not os.path.isfile(found):
         raise UsageError(f'{path} is no config file: see the folder config/; flags look like '
@@ -62,10 +68,15 @@ def run_file(path):
     try:
         names = runpy.run_path(found)
     except (Exception, SystemExit) as error:
-        raise UsageError(f'config file {path} fails ({type(error).__name__}: {error}): '
-                         'mend it, it must be plain assignments') from None
+        raise UsageError(f'config file {path} fails ({type(error).__name__}: {error}): correct '
+                         'it; it may contain only assignments') from None
+    with open(found, encoding='utf-8') as file:
+        imports = [node for node in ast.walk(ast.parse(file.read()))
+                   if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {(alias.asname or alias.name).split('.')[0]
+                for node in imports for alias in node.names}
     return {name: value for name, value in names.items()
-            if not name.startswith('_') and not isinstance(value, ModuleType)}
+            if name in known or not (name.startswith('_') or name in imported)}
 
 
 def suggestion(name, known):
@@ -85,9 +96,13 @@ def parsed(text):
 
 
 def checked(value, allowed, shown):
-    """`value`, if it is of a type in `allowed`; an int also as a float, 0 and 1 also as a bool."""
-    if bool in allowed and value in (0, 1):
+    """`value`, if its type is in `allowed`; an int also as a float, 0 and 1 also as a bool."""
+    with suppress(AttributeError, ValueError):
+        value = value.item()  # a single number of numpy's or torch's
+    if bool in allowed and type(value) is int and value in (0, 1):
         return bool(value)
+    if type(value) is int and abs(value) >= 2**63:
+        raise UsageError(f'{shown} is too large')
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) in allowed:
@@ -96,10 +111,14 @@ def checked(value, allowed, shown):
 
 
 def describe(config):
-    """Every setting with its value and the comment that stands behind it in the source."""
-    reasons = dict(re.findall(r'^    (\w+): .*  # (.*)', inspect.getsource(type(config)), re.M))
+    """Every setting with its value and the comment behind it in the source, under its heading."""
     lines = []
-    for name, value in vars(config).items():
-        flag = f'--{name}={value if str(value).isprintable() else repr(value)}'
-        lines.append(f'  {flag:<38} {reasons.get(name, "")}'.rstrip())
-    return '\n'.join(lines)
+    for name, reason in re.findall(r'^    (# .*|\w+)(?:: .*  # (.*))?',
+                                   inspect.getsource(type(config)), re.M):
+        if name.startswith('#'):
+            lines.append(f'\n{name}')
+        elif hasattr(config, name):
+            value = getattr(config, name)
+            flag = f'--{name}={value if str(value).isprintable() else repr(value)}'
+            lines.append(f'  {flag:<38} {reason}'.rstrip())
+    return '\n'.join(lines).strip('\n')

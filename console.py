@@ -1,10 +1,15 @@
-"""What a script shows and leaves behind: errors of one line, whole files, a progress line.
+"""What a script shows and leaves behind: errors, whole files, signals, the progress line, the log.
 
 Nothing here imports torch, so that scripts which only prepare text start at once.
 """
 
 import contextlib
+import csv
+import errno
+import io
 import os
+import re
+import secrets
 import shutil
 import signal
 import sys
@@ -12,15 +17,37 @@ import tempfile
 import time
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from textwrap import shorten
+from types import SimpleNamespace
+
+# --- errors
 
 
 class UserError(Exception):
-    """What a user can correct: one line with what is wrong, the value, and what to do."""
+    """A mistake that a user can fix, in one line: what is wrong, the value, and what to do."""
 
 
 class UsageError(UserError):
     """A wrong flag or setting."""
+
+
+@contextlib.contextmanager
+def user_errors(kinds, failed, remedy, when=lambda error: True):
+    """Context manager: report exceptions of these kinds as a UserError, "failed (why): remedy".
+
+    It belongs around one call whose failures are known, never around code that people edit: a slip
+    there needs its traceback. when: a function that says which exceptions are meant.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        if not when(error):
+            raise
+        why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
+        raise UserError(f'{failed} ({shorten(why, 160)}): {remedy}') from error
 
 
 def run(main):
@@ -28,81 +55,83 @@ def run(main):
     sys.stdout = sys.stdout or open(os.devnull, 'w')  # closed by >&-
     sys.stderr = sys.stderr or open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding='utf-8', errors='replace')
+        if hasattr(stream, 'reconfigure'):  # a notebook's has no such method
+            stream.reconfigure(encoding='utf-8', errors='replace')
+    code, message = 0, ''
     try:
-        try:
-            sys.exit(main(sys.argv[1:]))
-        finally:
-            if Progress.on_screen:  # what is printed next starts on a line of its own
-                print(flush=True)
+        main(sys.argv[1:])
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        code, message = 2 if isinstance(error, UsageError) else 1, f'error: {error}\n'
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
     except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         discard_output()
-        # After a broken pipe the reader, `head` say, has seen enough.
-        sys.exit(0 if isinstance(error, BrokenPipeError) else f'error: {error}')
+        if error.errno == errno.ENOSPC:  # else the reader, for example `head`, has seen enough
+            code, message = 1, f'error: cannot print ({error.strerror}): free some space\n'
+    finally:
+        if Progress.on_screen:  # what is printed next starts on a line of its own
+            print(flush=True)
+    # Only here, with the exception and all that it refers to gone: gloo's threads may not outlive
+    # a model that is still in use.
+    sys.stderr.write(message)
+    sys.exit(code)
 
 
-@contextlib.contextmanager
-def user_errors():
-    """Turn a ValueError, OSError or ImportError inside into a UserError."""
-    try:
-        yield
-    except BrokenPipeError:  # `run` handles it
-        raise
-    except ImportError as error:
-        remedy = f': pip install {error.name}' if error.name else ''
-        raise UserError(f'{error}{remedy}') from None
-    except (ValueError, OSError) as error:
-        raise UserError(' '.join(str(error).split())) from None
+def printable(text):
+    """`text` with U+FFFD for control characters: a model's text could garble the terminal."""
+    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
 
 
-@contextlib.contextmanager
-def file_errors(failed, remedy):
-    """Turn what keeps files inside from being written into a UserError that ends in `remedy`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
-        reason = getattr(error, 'strerror', None) or shorten(str(error), 100)
-        raise UserError(f'{failed} ({reason}): {remedy}') from error
+def hms(seconds):
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=int(min(seconds, 1e12))))
+
+
+# --- files
+
+
+def flush_to_disk(file):
+    """Return when all that was written to `file` is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Open a temporary binary file that replaces `path`, once on disk, if all goes well inside.
+    """Context manager: a binary file that replaces `path`, once it is on disk, if all goes well.
 
-    So `path` is the old file or the new one, whole. Raises UserError if it can't be written.
+    So `path` is always the old file or the new one, whole. Raises UserError if it can't be
+    written. torch.save raises RuntimeError on a full disk.
     """
-    temporary, folder = f'{path}.tmp', os.path.dirname(path) or '.'
+    temporary, folder = f'{path}.{secrets.token_hex(4)}.tmp', os.path.dirname(path) or '.'
     try:
-        with file_errors(f'cannot write {path}', 'free some space or choose another folder; '
-                         'what was there before is untouched'):
+        with user_errors((OSError, RuntimeError), f'cannot write {path}', 'free some space or '
+                         'choose another folder; the file that was there before is untouched'):
             os.makedirs(folder, exist_ok=True)
-            with open(temporary, 'wb') as file:
+            with open(temporary, 'xb') as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                flush_to_disk(file)
             os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every system can flush a folder
             handle = os.open(folder, os.O_RDONLY)
             os.fsync(handle)  # the rename is on disk when the folder is
             os.close(handle)
     finally:
-        with contextlib.suppress(OSError):  # after a success it is not there any more
+        with contextlib.suppress(OSError):  # after a success it no longer exists
             os.remove(temporary)
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Make `folder`, and keep other processes from writing there. Raises UserError if one does.
+def locked(folder, wait=False):
+    """Context manager: make `folder`, and keep other processes from writing there.
 
-    The lock ends with the process, however that ends. A new folder that stays empty is removed.
+    Raises UserError if one does, unless it is to `wait`. The lock ends with the process, however
+    that ends. A new folder that stays empty is removed.
     """
     is_new, handle = not os.path.isdir(folder), None
-    with file_errors(f'cannot write into {folder}', 'choose another folder'):
+    with user_errors(OSError, f'cannot write into {folder}', 'choose another folder'):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     try:
@@ -111,10 +140,12 @@ def locked(folder):
 
             handle = os.open(folder, os.O_RDONLY)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise UserError(f'another process is writing into {folder}: wait for it, or '
                                 'choose another folder') from None
+            for leftover in Path(folder).glob(f'*.{"[0-9a-f]" * 8}.tmp'):  # of a killed process
+                leftover.unlink()
         yield
     finally:
         if handle is not None:
@@ -124,24 +155,137 @@ def locked(folder):
                 os.rmdir(folder)
 
 
-def set_aside(out_dir):
-    """Move a former run's files in `out_dir` to `out_dir/previous`; returns whether it did.
+def files_of_run(out_dir):
+    """The files of a training run in `out_dir`: checkpoints, log and picture."""
+    return [path for name in ('*.pt', 'log.csv', 'loss.png') for path in Path(out_dir).glob(name)]
 
-    What was `previous` is then `previous-1`, or the next free number: nothing is deleted.
+
+def move_previous_run(out_dir):
+    """Move the run in `out_dir` to `out_dir/previous`; returns whether there was one.
+
+    The one in `previous` moves to `previous-1`, or the next free number: nothing is deleted.
     """
-    names = [name for name in ('loss.png', 'log.csv', 'best.pt', 'ckpt.pt')
-             if os.path.exists(os.path.join(out_dir, name))]
-    if not names:
+    paths = files_of_run(out_dir)
+    if not paths:
         return False
     previous = os.path.join(out_dir, 'previous')
-    with file_errors(f'cannot move the former run in {out_dir} away', 'choose another --out_dir'):
+    with user_errors(OSError, f'cannot move the previous run in {out_dir} away',
+                     'choose another --out_dir'):
         if os.path.exists(previous):
             older = (f'{previous}-{number}' for number in count(1))
             os.rename(previous, next(path for path in older if not os.path.exists(path)))
         os.mkdir(previous)
-        for name in names:
-            os.rename(os.path.join(out_dir, name), os.path.join(previous, name))
+        for path in paths:
+            os.rename(path, os.path.join(previous, path.name))
     return True
+
+
+# --- log.csv
+
+
+def read_rows(path):
+    """The rows of a CSV file, a dict of texts each, but not a last one that is half written."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return [row for row in csv.DictReader(file)
+                if None not in row and None not in row.values()]
+
+
+class Log:
+    """`log.csv` in out_dir, a row for each logged iteration; columns are named by the rows.
+
+    A resumed run keeps the rows of before, up to where it resumes. Until `open`, new rows wait in
+    memory, so that no earlier log is touched before there is a newer checkpoint. A disabled log
+    does nothing. Rows go to Weights & Biases too, if that is asked for.
+    """
+
+    def __init__(self, cfg, run, enabled=True):
+        self.path, self.rows, self.columns = os.path.join(cfg.out_dir, 'log.csv'), [], None
+        self.enabled, self.wandb, self.last = enabled, None, None
+        self.out_dir, self.is_new = cfg.out_dir, cfg.init_from != 'resume'
+        start, _, checkpoint = cfg.init_from.partition(':')
+        former = os.path.join(os.path.dirname(checkpoint) or cfg.out_dir, 'log.csv')
+        if enabled and start == 'resume' and os.path.exists(former):
+            with user_errors((OSError, ValueError, KeyError, TypeError, csv.Error),
+                             f'cannot read {former}', 'move it away, then resume again'):
+                self.rows = [row for row in read_rows(former)
+                             if int(row['iteration']) <= run['iter_num']]
+                self.last = int(self.rows[-1]['iteration']) if self.rows else None
+        if enabled and cfg.wandb_log:
+            with user_errors(ImportError, 'wandb is missing', 'pip install wandb'):
+                import wandb
+            with user_errors(Exception, 'wandb cannot start', 'type: wandb login'):
+                self.wandb = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
+                                        config=vars(cfg), id=run['wandb_id'], resume='allow')
+            run['wandb_id'] = self.wandb.id
+
+    def open(self):
+        """Write all rows so far; from now on each row is written at once."""
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with atomic_file(self.path) as file:
+            file.write(self.lines(dict(zip(self.columns, self.columns)), *self.rows))
+        self.rows = []
+
+    def write(self, row):
+        """Add a row, a dict. A row of the same iteration as the last one completes that one."""
+        if not self.enabled:
+            return
+        row = {name: value for name, value in row.items() if value is not None}
+        if self.wandb:
+            self.wandb.log(row, step=row['iteration'])
+        completes, self.last = self.last == row['iteration'], row['iteration']
+        if self.columns and not completes and row.keys() <= set(self.columns):
+            with user_errors(OSError, f'cannot write {self.path}',
+                             'free some space, then add --init_from=resume'):
+                with open(self.path, 'ab') as file:
+                    file.write(self.lines(row))
+            return
+        if self.columns:
+            self.rows = read_rows(self.path)
+        self.rows += [self.rows.pop() | row if completes else row]
+        if self.columns:
+            self.open()
+
+    def close(self):
+        """Write the rows of a run that saved nothing, where they don't replace another run's."""
+        if self.enabled and self.columns is None and self.rows and not (
+                self.is_new and files_of_run(self.out_dir)):
+            self.open()
+        if self.wandb:
+            self.wandb.finish()
+
+    def lines(self, *rows):
+        """Rows as bytes of CSV."""
+        text = io.StringIO(newline='')
+        csv.DictWriter(text, self.columns, lineterminator='\n').writerows(rows)
+        return text.getvalue().encode()
+
+
+# --- signals and the progress line
+
+
+@contextlib.contextmanager
+def stop_signals(enabled, announce):
+    """Context manager: Ctrl-C and the signals that end jobs only set `received` to their number.
+
+    So a run can save before it ends. A second Ctrl-C exits at once. SIGUSR1 is Slurm's warning;
+    SIGHUP comes when a terminal is closed. announce: whether to print that one was received.
+    """
+    stop = SimpleNamespace(received=0)
+
+    def handle(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system obeys it, whatever Python does
+        if announce and not stop.received:
+            with contextlib.suppress(OSError):  # os.write, since print may be what was interrupted
+                os.write(1, b'\nfinishing this iteration, then saving; '
+                            b'Ctrl-C again to quit without\n')
+        stop.received = stop.received or number
+
+    with contextlib.ExitStack() as at_end:
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') * enabled:
+            number = getattr(signal, name, None)  # Windows has only the first two
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                at_end.callback(signal.signal, number, signal.signal(number, handle))
+        yield stop
 
 
 class Progress:
@@ -154,34 +298,33 @@ class Progress:
         self.live = enabled and sys.stdout.isatty() and os.environ.get('TERM') != 'dumb'
         self.shown = time.perf_counter()
 
-    def say(self, text, end='\n'):
-        """Print lines that stay. If the terminal or the pipe is closed, go on without it."""
-        if self.enabled:
-            try:
-                print('\r\x1b[K' * self.live + text, end=end, flush=True)  # over the live line
-            except OSError:
-                discard_output()
-            Progress.on_screen = not end
+    def print_line(self, text, end='\n'):
+        """Print lines that stay. If the terminal or the pipe was closed, continue without it."""
+        if not self.enabled:
+            return
+        encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+        text = text.encode(encoding, 'replace').decode(encoding)
+        try:
+            print('\r\x1b[K' * self.live + text, end=end, flush=True)  # over the live line
+        except OSError:
+            discard_output()
+        Progress.on_screen = not end
 
-    def show(self, share, text):
-        """Show a bar, `share` from 0 to 1 of it full, and `text`; cut to the terminal's width."""
+    def show(self, fraction, text):
+        """Show `text` behind a bar, of which `fraction` is full, cut to the terminal's width."""
         if time.perf_counter() - self.shown < (0.1 if self.live else 10):
             return
         self.shown = time.perf_counter()
         if not self.live:
-            self.say(text)
+            self.print_line(text)
             return
-        room = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
-        cells = min(20, room - len(text) - 1)
-        bar = ('━' * round(cells * share)).ljust(cells, '╌')
-        self.say(f'{bar} {text}'.strip()[:room], end='')
+        width = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
+        cells = min(20, width - len(text) - 1)
+        bar = ('━' * round(cells * fraction)).ljust(cells, '╌')
+        self.print_line(f'{bar} {text}'.strip()[:width], end='')
 
 
 def discard_output():
-    """Send what is still written to standard output nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def clock(seconds):
-    """0:04:05, to read."""
-    return str(timedelta(seconds=int(min(seconds, 1e12))))
+    """Redirect standard output to /dev/null."""
+    with contextlib.suppress(OSError, ValueError):  # a notebook's output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,9 +1,11 @@
 """Datasets: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
 
-prepare_*.py write them. A .bin file is a row of little-endian uint16 token ids. meta.json has the
-tokenizer's state, vocab_size, the source and its sha256, and how many tokens each split has.
+prepare_*.py write them. A .bin file is a row of little-endian uint16 token ids. meta.json contains
+the tokenizer's state, vocab_size, the source and its sha256, and the number of tokens in each
+split.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import console
 from console import UserError
 from tokenizer import tokenizer_from
 
-# What makes these datasets, when they are asked for and missing.
+# Commands that make these datasets if they are missing.
 PREPARE = {
     'wizard_char': 'prepare_wizard_char.py',
     'shakespeare_char': 'prepare_shakespeare_char.py',
@@ -25,28 +28,32 @@ PREPARE = {
 
 
 def read_meta(folder):
-    """meta.json; for a dataset without it, as nanoGPT leaves raw GPT-2 ids, its equivalent."""
+    """The contents of meta.json. nanoGPT writes none for GPT-2 ids: a missing one means those."""
     try:
         meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
-        meta['tokenizer']['type'], meta['tokenizer']['vocab_size']  # an error if it is not ours
+        if not {'type', 'vocab_size'} <= meta['tokenizer'].keys():
+            raise ValueError('its tokenizer has no type or no vocab_size')
         return meta
     except FileNotFoundError:
         if os.path.exists(f'{folder}/meta.pkl'):
             raise UserError(f'{folder}/meta.pkl is a pickle, which could run code, and is not '
                             'read: prepare the dataset with prepare_text.py') from None
         return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f'{folder}/meta.json is broken ({error}): prepare it again') from None
 
 
 class Split:
     """One .bin file."""
 
-    def __init__(self, path, vocab_size):
+    def __init__(self, path, vocab_size, tokens=None):
+        """tokens: how many ids the file should contain, or None. Raises UserError."""
         self.path, self.vocab_size = path, vocab_size
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size % 2 or size < 4:
-            raise UserError(f'{path} is missing or damaged, with {size} bytes: prepare it again')
+        expected = size - size % 2 if tokens is None else 2 * tokens
+        if size < 4 or size != expected:
+            raise UserError(f'{path} is missing or damaged: it has {size} bytes instead of '
+                            f'{max(4, expected)}; prepare the dataset again')
         self.file, self.tokens = open(path, 'rb'), size // 2
         if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
             for start in range(0, self.tokens, 1 << 20):
@@ -54,7 +61,7 @@ class Split:
 
     def ids(self, positions):
         """The ids at an array of positions. Raises UserError if one is beyond the vocabulary."""
-        # Mapped anew each time, since all pages read so far would count as our memory.
+        # A new memmap each time: with one kept open, every page read counts as our memory.
         ids = np.memmap(self.file, '<u2', 'r')[positions]
         wrong = ids >= self.vocab_size
         if wrong.any():
@@ -73,47 +80,47 @@ class Split:
         rows = torch.from_numpy(np.where(positions < self.tokens, ids, -1))
         if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
             rows = rows.pin_memory().to(device, non_blocking=True)
-        rows = rows.to(device)
+        else:
+            rows = rows.to(device)
         return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
     def random_offsets(self, seed, count, block_size):
-        """Where `count` random windows begin, of `block_size` tokens and the next one."""
+        """Start offsets of `count` random windows of block_size + 1 tokens."""
         if self.tokens <= block_size:
             raise UserError(f'{self.path} has {self.tokens} tokens, too few for block_size='
-                            f'{block_size}: take a smaller block_size or a longer text')
+                            f'{block_size}: use a smaller block_size or a longer text')
         return np.random.default_rng(seed).integers(self.tokens - block_size, size=count)
 
 
 def training_batches(split, cfg, ranks, device, it):
     """Yield the micro-batches (x, y) of this rank, from iteration `it` on, without end.
 
-    The offsets of the global batch follow from (seed, iteration), and each rank takes its
-    share: a resumed run sees the same data, on any number of processes.
+    The offsets of the global batch follow from (seed, iteration), and each rank takes its part: a
+    resumed run sees the same data, on any number of processes.
     """
     B, T = cfg.batch_size, cfg.block_size
     while True:
         offsets = split.random_offsets((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
-        for mine in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:  # (B,)
-            yield split.batch(mine, T, device)
+        for micro_batch in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:  # (B,)
+            yield split.batch(micro_batch, T, device)
         it += 1
 
 
 def evaluation_batches(split, cfg, ranks, device):
-    """Yield (x, y, fraction done): `eval_iters` random batches, always the same, or all there is.
+    """Yield (x, y, fraction done): `eval_iters` random batches, always the same; 0: all windows.
 
     Each rank gets the same number of batches, filled up with windows past the end of the split.
     """
     B, T = cfg.batch_size, cfg.block_size
-    if cfg.eval_iters:
-        # No seed of their own: on the train split the first are just those of update 0.
+    if cfg.eval_iters:  # the seed of update 0: on the train split, the windows that it trains on
         offsets = split.random_offsets((cfg.seed, 0), cfg.eval_iters * B, T)
     else:
         offsets = np.arange(0, split.tokens - 1, T)
     fill = -len(offsets) % (ranks.world_size * B)
     offsets = np.pad(offsets, (0, fill), constant_values=split.tokens)
     batches = offsets.reshape(-1, ranks.world_size, B)[:, ranks.rank]
-    for i, mine in enumerate(batches):  # (B,)
-        yield *split.batch(mine, T, device), i / len(batches)
+    for i, batch in enumerate(batches):  # (B,)
+        yield *split.batch(batch, T, device), i / len(batches)
 
 
 class Dataset:
@@ -125,24 +132,36 @@ class Dataset:
         for is_first in (ranks.is_main, ranks.local_rank == 0):
             missing = not os.path.exists(os.path.join(folder, 'train.bin'))
             if missing and is_first:
-                make(name, folder)
+                make_dataset(name, folder)
             ranks.any(missing)  # the others wait here
         meta = read_meta(folder)
         self.source = meta.get('source', folder)
         self.tokenizer = tokenizer_from(meta['tokenizer'])
-        paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val', 'test')}
-        self.splits = {split: Split(path, self.tokenizer.vocab_size)
-                       for split, path in paths.items() if split != 'test' or os.path.exists(path)}
+        self.splits = {}
+        for split in ('train', 'val', 'test'):
+            path = os.path.join(folder, f'{split}.bin')
+            if split != 'test' or os.path.exists(path):
+                tokens = meta.get('tokens', {}).get(split)
+                self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens)
+        # What a validation loss is measured on. nanoGPT's datasets have no sum of the source.
+        self.sha256 = meta.get('sha256')
+        if not self.sha256:
+            with open(os.path.join(folder, 'val.bin'), 'rb') as file:
+                self.sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        ranks.agree(f'the sha256 of {folder}', self.sha256)
 
 
-def make(name, folder):
+def make_dataset(name, folder):
     """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
     if name not in PREPARE:
-        made = (path.parent.name for path in Path('data').glob('*/train.bin'))
+        found = (path.parent.name for path in Path('data').glob('*/train.bin'))
         raise UserError(f'the dataset {folder} is missing: choose one of '
-                        f'{", ".join(sorted({*PREPARE, *made}))}, or make it with python '
+                        f'{", ".join(sorted({*PREPARE, *found}))}, or make it with python '
                         f'prepare_text.py your.txt --dataset={name} (for openwebtext, which is '
                         '12 GB, with prepare_openwebtext.py)')
-    script, *args = PREPARE[name].split()
-    if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
-        raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')
+    with console.locked('data', wait=True):  # another process may be making it right now
+        if os.path.exists(os.path.join(folder, 'train.bin')):
+            return
+        script, *args = PREPARE[name].split()
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
+            raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')

@@ -20,95 +20,16 @@ import console
 from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError
-from llama import Llama, LlamaConfig
-from model import GPT, GPTConfig
+from llama import Llama
+from model import GPT
+from pretrained import GELUS, NAMES, hugging_face_weights
 from tokenizer import CharTokenizer, HuggingFaceTokenizer
-
-# What config.json calls our settings; where a gpt2's has another name for one, it knows this too.
-NAMES = dict(
-    block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
-    n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size',
-    head_size='head_dim', n_hidden='intermediate_size', norm_eps='rms_norm_eps',
-    rope_theta='rope_theta', tied='tie_word_embeddings',
-)
-GELUS = {'gelu_new': 'tanh', 'gelu': 'erf'}
-# By model_type: our classes, and what config.json must say besides, since with another value the
-# model would compute something else.
-GPT2 = GPT, GPTConfig, dict(
-    tie_word_embeddings=True, layer_norm_epsilon=1e-5, scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False,
-)
-LLAMA = Llama, LlamaConfig, dict(
-    hidden_act='silu', attention_bias=False, mlp_bias=False, use_sliding_window=False,
-    rope_type='default',
-)
-FORMS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': LLAMA}
 
 
 @dataclass
 class ExportConfig:
     out_dir: str = 'out'  # the folder that train.py wrote, or a checkpoint
     to: str = ''  # the folder to make
-
-
-def hugging_face_weights(model):
-    """Views of a model's weights by Hugging Face's names, in its form: to copy from or into."""
-    weights, c = model.state_dict(), model.config
-    if isinstance(model, GPT):  # there, these matrices are transposed: (in, out)
-        transposed = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
-        return {name: weight.t() if name.endswith(transposed) else weight
-                for name, weight in weights.items()}
-    parts = {'q_proj': c.n_head, 'k_proj': c.n_kv_head, 'v_proj': c.n_kv_head}  # in heads
-    for name in [name for name in weights if 'qkv_proj' in name]:  # there, it is three matrices
-        rows = weights.pop(name).split([heads * c.head_size for heads in parts.values()])
-        weights |= {name.replace('qkv_proj', part): own for part, own in zip(parts, rows)}
-    return weights
-
-
-def read_pretrained(cls, name, dropout):
-    """A `cls`, or one of its subclasses, with the weights of a folder or a name on Hugging Face.
-
-    No code that comes with the weights is run. Raises ImportError without the package
-    transformers, ValueError for another architecture, OSError when the weights can't be had.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-    from transformers.utils import logging
-    from huggingface_hub.utils import enable_progress_bars  # this and the next come with it
-    from safetensors import SafetensorError
-
-    logging.disable_progress_bar()  # of reading: it would be on the screen before an error
-    enable_progress_bars()  # of a download, which may take long
-    kinds = [kind for kind, form in FORMS.items() if issubclass(form[0], cls)]
-    kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
-    if kind not in kinds:
-        raise ValueError(f'{name} has model_type={kind!r}: it must be {" or ".join(kinds)}')
-    model_class, config_class, only = FORMS[kind]
-    theirs = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    # Rotary settings are in a dict of their own; before transformers 5, only those of its scaling.
-    rope = getattr(theirs, 'rope_parameters', None) or getattr(theirs, 'rope_scaling', None)
-    theirs.update(rope or {})
-    for key, value in only.items():
-        if getattr(theirs, key, value) != value:
-            raise ValueError(f'{name} has {key}={getattr(theirs, key)!r}: it must be {value!r}')
-    settings = {setting: getattr(theirs, key) for setting, key in NAMES.items()
-                if hasattr(config_class, setting)}
-    if kind == 'gpt2':
-        settings['gelu'] = GELUS.get(theirs.activation_function, theirs.activation_function)
-    else:
-        settings['qk_norm'] = kind == 'qwen3'
-    model = model_class(config_class(**settings, dropout=dropout))
-    try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-        weights = loaded.state_dict()
-        for key, weight in hugging_face_weights(model).items():
-            weight.copy_(weights[key])
-    except (RuntimeError, SafetensorError) as error:  # a tensor of another shape; a cut file
-        raise ValueError(f'the weights of {name} are damaged or do not fit its config.json: '
-                         + shorten(str(error), 100)) from None
-    if missing := sorted(report['missing_keys']):  # it drew them at random
-        raise ValueError(f'{name} has no {shorten(", ".join(missing), 100)}: get it again')
-    return model
 
 
 def hugging_face_tokenizer(tokenizer):
@@ -172,8 +93,8 @@ def main(argv):
     if not cfg.to or os.path.lexists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     parent = os.path.dirname(os.path.abspath(cfg.to))
-    with console.user_errors():
-        model, tokenizer = load_model(cfg.out_dir)
+    model, tokenizer = load_model(cfg.out_dir)
+    with console.user_errors(OSError, f'cannot write {cfg.to}', 'choose another folder'):
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as unfinished:
             export(model, tokenizer, f'{unfinished}/folder')

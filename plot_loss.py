@@ -9,17 +9,18 @@ loss rises while training loss falls, the model overfits: it learns its text by 
 
 import csv
 import os
+import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import cycle
 
 import numpy as np
 
 import console
 from configurator import override
-from console import UsageError, UserError
+from console import UsageError, user_errors
 
 X = ['iteration', 'tokens', 'epochs', 'seconds']
-COLUMNS = X + ['train_eval_loss', 'val_loss', 'learning_rate']
 # Colors that everybody can tell apart (Okabe & Ito 2008); dashes and markers are for gray print.
 COLORS = ['#0072b2', '#d55e00', '#000000', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']
 LINES = [('-', 'o'), ('--', 's'), ('-.', '^'), (':', 'D')]
@@ -30,66 +31,84 @@ STYLE = {
 }
 
 
+LONG_LOG = 1 << 20  # bytes; to draw all of it takes a second or more
+
+
 @dataclass
 class PlotConfig:
     out: str = 'loss.png'  # the picture: .png, .svg or .pdf
     x: str = 'iteration'  # the horizontal axis: iteration, tokens, epochs or seconds
 
+    def __post_init__(self):
+        if self.x not in X:
+            raise UsageError(f'x={self.x} must be one of {", ".join(X)}')
+        if not self.out.lower().endswith(('.png', '.svg', '.pdf')):
+            raise UsageError(f'out={self.out} must end in .png, .svg or .pdf')
 
-def read_log(folder):
-    """COLUMNS of a run's log.csv, (rows,) float64 each; nan where a cell is empty."""
+
+def read_evaluations(folder):
+    """X, train_eval_loss and val_loss of a run's evaluations, by name: (rows,) float64 each."""
     path = os.path.join(folder, 'log.csv')
-    try:
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = [[float(row[name] or 'nan') for name in COLUMNS] for row in csv.DictReader(file)
-                    if None not in row.values()]  # the last may be half written
+    names = [*X, 'train_eval_loss', 'val_loss']
+    with user_errors((OSError, KeyError, ValueError, csv.Error), f'cannot draw {path}',
+                     'wait for the first evaluation, or leave this run out'):
+        rows = [[float(row[name] or 'nan') for name in names] for row in console.read_rows(path)
+                if row['val_loss']]
         if not rows:
-            raise ValueError('it has no rows')
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise UserError(f'cannot draw {path} ({error}): wait for the first evaluation, or leave '
-                        'this run out') from None
-    return dict(zip(COLUMNS, np.array(rows).T))
+            raise ValueError('it has no evaluations')
+        return dict(zip(names, np.array(rows).T))
 
 
 def draw(folders, out, x='iteration'):
     """Draw the runs in `folders` into the file `out`. Raises UserError."""
-    if x not in X:
-        raise UsageError(f'x={x} must be one of {", ".join(X)}')
-    logs = [read_log(folder) for folder in folders]
-    with console.user_errors():  # without pyplot, so the caller's backend and settings stay
+    runs = [read_evaluations(folder) for folder in folders]
+    # Without pyplot, so that the caller's backend and settings stay.
+    with user_errors(ImportError, 'matplotlib is missing', 'pip install matplotlib'):
         from matplotlib import style, ticker
         from matplotlib.figure import Figure
-    with style.context(['default', STYLE]):
+    with style.context(['default', STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # which its font lacks, in a folder's name
         figure = Figure(figsize=(8, 5), dpi=150)
-        upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-        for folder, log, color, (dash, marker) in zip(folders, logs, cycle(COLORS), cycle(LINES)):
+        axes = figure.subplots()
+        for folder, run, color, (dash, marker) in zip(folders, runs, cycle(COLORS), cycle(LINES)):
             line = dict(color=color, linestyle=dash)
             label = ' ' + os.path.normpath(folder)  # a name that began with _ would be hidden
-            known = np.isfinite(log['val_loss'])
-            at, train, val = (log[name][known] for name in (x, 'train_eval_loss', 'val_loss'))
-            if len(val):
-                label += f', best {val.min():.4f}'
-                upper.scatter(at[val.argmin()], val.min(), 150, color, marker='*', zorder=3)
-            upper.plot(at, val, **line, marker=marker, markevery=len(val) // 30 + 1, label=label)
-            upper.plot(at, train, **line, linewidth=1, alpha=0.6)
-            lower.plot(log[x], log['learning_rate'], **line)
-        upper.set(yscale='log', ylabel='loss (nats per token)')
-        upper.minorticks_off()
-        ticks = ticker.LogLocator(subs=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8])  # of each power of ten
-        upper.yaxis.set(major_locator=ticks, major_formatter='{x:g}')
-        upper.legend(title='with markers: validation, ★ at its best; thin: training', ncols=2,
-                     alignment='left', loc='lower left', bbox_to_anchor=(0, 1))  # hides no curve
-        lower.set(xlabel=x, ylabel='learning rate', ylim=(0, None))
-        figure.align_ylabels()
-        with console.user_errors(), console.atomic_file(out) as file:
-            figure.savefig(file, format=os.path.splitext(out)[1][1:], bbox_inches='tight')
+            val = run['val_loss']
+            if np.isfinite(val).any():
+                best = np.nanargmin(np.where(np.isfinite(val), val, np.nan))
+                label += f', best {val[best]:.4f}'
+                axes.scatter(run[x][best], val[best], 150, color, marker='*', zorder=3)
+            axes.plot(run[x], val, **line, marker=marker, markevery=len(val) // 30 + 1, label=label)
+            axes.plot(run[x], run['train_eval_loss'], **line, linewidth=1, alpha=0.6)
+        axes.set(xlabel=x, ylabel='loss (nats per token)')
+        if all((run[name] > 0).all() for run in runs for name in ('val_loss', 'train_eval_loss')):
+            axes.set_yscale('log')
+            axes.minorticks_off()
+            ticks = ticker.LogLocator(subs=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8])  # of each power of ten
+            axes.yaxis.set(major_locator=ticks, major_formatter='{x:g}')
+        axes.legend(title='with markers: validation, ★ at its best; thin: training', ncols=2,
+                    alignment='left', loc='lower left', bbox_to_anchor=(0, 1))  # hides no curve
+        with console.atomic_file(out) as file:
+            figure.savefig(file, format=out[-3:].lower(), bbox_inches='tight')
+
+
+def draw_run(log, progress, at_end=False):
+    """Draw loss.png beside a run's log, if matplotlib is installed; a long one only at the end."""
+    if not (log.columns and find_spec('matplotlib')):
+        return
+    if at_end or os.path.getsize(log.path) < LONG_LOG:
+        folder = os.path.dirname(log.path)
+        try:
+            draw([folder], os.path.join(folder, 'loss.png'))
+        except Exception as error:  # no picture is worth a run
+            progress.print_line(f'(no loss.png: {error})')
 
 
 def main(argv):
     folders = [arg for arg in argv if not arg.startswith('-')]
     cfg = override(PlotConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     if not folders:
-        raise UsageError('no run is named: write python plot_loss.py out-*')
+        raise UsageError('no run is named: type python plot_loss.py out-*')
     draw(folders, cfg.out, cfg.x)
     print(f'{cfg.out}: the curves of {", ".join(folders)}')
 

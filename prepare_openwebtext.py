@@ -38,7 +38,7 @@ from textwrap import shorten
 
 import console
 from configurator import override
-from console import UsageError, UserError, atomic_file, clock
+from console import UsageError, UserError, atomic_file, flush_to_disk, hms, user_errors
 from prepare_text import check_name, write_meta
 from tokenizer import GPT2Tokenizer
 
@@ -94,7 +94,8 @@ def tasks_in(path):
     name, size = os.path.basename(path), os.path.getsize(path) or 1
     with open(path, 'rb') as file, reading(name):
         if path.endswith('.parquet'):
-            import pyarrow.parquet
+            with user_errors(ImportError, 'pyarrow is missing', 'pip install pyarrow'):
+                import pyarrow.parquet
 
             # A row group may have gigabytes: with these options it is read a part at a time.
             table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
@@ -169,8 +170,11 @@ class Output:
 
     def add(self, ids, figures, place):
         """Write a task's ids, and note its place in the input."""
-        for split, file in self.files.items():
-            file.write(ids[split])
+        with user_errors(OSError, f'cannot write into {self.folder}',
+                         'free some space, then type the same command again'):
+            for split, file in self.files.items():
+                file.write(ids[split])
+        for split in self.files:
             self.done[split] += len(ids[split]) // 2
         self.done.update(figures)
         self.done['files'], self.done['tasks'], self.done['share'] = place
@@ -179,9 +183,10 @@ class Output:
 
     def save(self):
         """Write progress.json, once what it speaks of is on disk."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        with user_errors(OSError, f'cannot write into {self.folder}',
+                         'free some space, then type the same command again'):
+            for file in self.files.values():
+                flush_to_disk(file)
         with atomic_file(self.path) as file:
             file.write(json.dumps([self.begun_with, self.done]).encode())
         self.saved = time.monotonic()
@@ -220,7 +225,7 @@ def download(path, progress):
         raise UserError(f'curl fetches {url}: install it, or give a copy with --input=FOLDER')
     for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
         time.sleep(wait)
-        progress.say(f'fetching {url}')
+        progress.print_line(f'fetching {url}')
         with open(f'{path}.part', 'ab') as file:
             start = file.truncate(max(0, file.tell() - 1))  # to ask for no byte is an error
             # Through a pipe, which breaks if we are killed: so curl never outlives us.
@@ -268,13 +273,13 @@ def prepare(cfg):
     ):
         done, start, began = output.done, output.done.copy(), time.monotonic()
         if start['documents']:
-            progress.say(f'going on after {start["documents"]:,} documents that are done')
+            progress.print_line(f'going on after {start["documents"]:,} documents that are done')
         try:
             TOKENIZER.bpe  # workers that are forked share it
             for future, place in results(cfg, pool, 4 * workers, inputs, start, progress):
                 output.add(*future.result(), place)
                 share, seconds = done['share'], time.monotonic() - began
-                left = clock(seconds * (1 - share) / max(1e-9, share - start['share']))
+                left = hms(seconds * (1 - share) / max(1e-9, share - start['share']))
                 speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
                 progress.show(share, f'{share:.1%}, {speed:.1f} MB/s, {left} left, '
                                      f'{done["documents"]:,} documents')
@@ -284,8 +289,9 @@ def prepare(cfg):
         if not done['documents']:
             raise UserError(f'{source} has no documents: put some in')
         output.publish(source)
-    progress.say(f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from {source}: '
-                 f'{done["documents"]:,} documents ({done["repaired"]:,} repaired)')
+    progress.print_line(
+        f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from {source}: '
+        f'{done["documents"]:,} documents ({done["repaired"]:,} repaired)')
     if not cfg.input and done['documents'] != DOCUMENTS:
         raise UserError(f'{folder} has {done["documents"]:,} documents instead of {DOCUMENTS:,}: '
                         f'find out what changed at {URL} before you train on it')
@@ -297,8 +303,7 @@ def main(argv):
     if not 0 <= cfg.val_fraction < 1 or cfg.num_proc < 0:
         raise UsageError(f'val_fraction={cfg.val_fraction} must be 0 or more and below 1, and '
                          f'num_proc={cfg.num_proc} 0, for all cores, or more')
-    with console.user_errors():
-        prepare(cfg)
+    prepare(cfg)
 
 
 if __name__ == '__main__':

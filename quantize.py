@@ -1,11 +1,11 @@
-"""Weights in 8 bits, or packed for a CPU's bf16 products, to sample with; a loss of less memory.
+"""Weights in 8 bits, or packed for a CPU's bf16 products, to sample with.
 
     python sample.py --out_dir=out-wizard-char --quantize=int8
 
 In 8 bits, weights take a quarter of float32's memory, and of the reading for each token. Every row
 of a matrix is stored as whole numbers from -127 to 127 and one scale, the row's largest magnitude
 over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without the outliers).
-Activations keep their dtype. Neither form can be trained. `ChunkedLoss`, below, is for training.
+Activations keep their dtype. Neither form can be trained.
 """
 
 import torch
@@ -75,7 +75,7 @@ def quantize_int8(model):
     return replace_layers(model, (nn.Linear, nn.Embedding), Int8)
 
 
-def ready(model, device, dtype, quantize='', compiled=False):
+def prepare_for_sampling(model, device, dtype, quantize='', compiled=False):
     """Bring a model, in place, into its fastest form to sample. Raises UsageError."""
     if quantize not in ('', 'int8'):
         raise UsageError(f'quantize={quantize!r} must be int8, or be left out')
@@ -87,47 +87,3 @@ def ready(model, device, dtype, quantize='', compiled=False):
         if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
             replace_layers(model, nn.Linear, PackedLinear)
     return model
-
-
-MAX_LOGITS = 1 << 26  # 256 MB in float32: where there would be more, the loss goes in chunks
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """`next_token_loss` of the logits x @ weight^T, taken for `size` tokens at a time.
-
-    x: (N, C), weight: (V, C), targets: (N,) int64, -1 where none counts; returns a float32 scalar.
-
-    Where V is large, the logits of all tokens are the largest tensor of a training step. Here the
-    gradients of a chunk are computed with its loss, and its logits are dropped.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, size=1024):
-        learning = x.requires_grad
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        total = torch.zeros((), device=x.device)
-        counted = (targets != -1).float()
-        if learning:
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(x), size):
-            chunk = slice(start, start + size)
-            logits = (x[chunk] @ weight.T).float()
-            total += F.cross_entropy(logits, targets[chunk], ignore_index=-1, reduction='sum')
-            if learning:
-                # The gradient by a logit is its probability, less 1 if it is the target's.
-                error = F.softmax(logits, dim=-1) * counted[chunk, None]
-                place = targets[chunk, None].clamp(min=0)
-                error = error.scatter_add(1, place, -counted[chunk, None]).to(x.dtype)
-                dx[chunk] = error @ weight
-                dweight += error.T @ x[chunk]
-        count = counted.sum().clamp(min=1)
-        if learning:
-            ctx.save_for_backward(dx, dweight, count)
-        return total / count
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight, count = ctx.saved_tensors
-        return dx.float() * (grad / count), dweight * (grad / count), None, None

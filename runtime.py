@@ -1,32 +1,23 @@
-"""The machine room, so that train.py stays the algorithm.
+"""Devices and processes: precision, compilation, torchrun, sharding."""
 
-The device, its precision and its peak; many processes, their weights copied or sharded; signals;
-the log of a run.
-"""
-
-import atexit
 import contextlib
-import csv
 import ctypes
 import gc
-import inspect
-import io
+import hashlib
 import os
-import signal
+import socket
 import sys
-import time
+from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from textwrap import shorten
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
 
-import plot_loss
-from console import Progress, UsageError, UserError, file_errors, user_errors
+from console import Progress, UsageError, UserError, user_errors
 
 # --- device and precision
 
@@ -40,115 +31,138 @@ def device_and_dtype(cfg):
         device = torch.device(name)
         if device.type == 'cuda' and Ranks().world_size > 1:
             device = torch.device('cuda', Ranks().local_rank)
-            torch.cuda.set_device(device)
         torch.empty(0, device=device).cpu()  # fails on meta, for one
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f'device={cfg.device!r} is not on this machine '
-                         f'({shorten(str(error), 80)}): take another, --device=cpu say') from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UsageError(f'device={cfg.device!r} is not on this machine ({shorten(str(error), 80)}'
+                         '): choose another, for example --device=cpu') from None
     return device, pick_dtype(cfg.dtype, device)
 
 
 def pick_dtype(name, device):
-    """The torch dtype called `name`; 'auto': what the hardware multiplies. Raises UsageError."""
+    """The torch dtype called `name`; 'auto': the best that the hardware supports natively."""
     if name != 'auto':
         names = ['float32', 'bfloat16'] + ['float16'] * (device.type != 'cpu')
         if name not in names:
             raise UsageError(f'dtype={name!r} must be one of auto, {", ".join(names)} on {device}')
         return getattr(torch, name)
     if device.type == 'cuda':
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    # Before torch 2.10 the processor's instructions can't be asked for.
-    has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
-    native = any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
+    if device.type == 'xpu':
+        native = torch.xpu.is_bf16_supported()
+    else:  # before torch 2.10 the processor's instructions can't be asked for
+        has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+        native = any(has.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
     return torch.bfloat16 if native else torch.float32
 
 
-def tune(device, shard=False):
-    """Make the fast way the default, once at start-up; returns a warning, or None."""
+def set_speed_options(shard=False):
+    """Settings of the whole process that make training faster: for a script's `main`."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
     gc.freeze()  # what is imported stays: searching it for garbage takes a tenth of a second
-    # Undecorated: the decorators import torch.compile's machinery, which takes a second or more,
-    # only to keep these methods out of its graphs.
-    for name in ('add_param_group', 'state_dict', 'load_state_dict'):
-        setattr(Optimizer, name, inspect.unwrap(getattr(Optimizer, name)))
-    AdamW.step = torch.no_grad()(inspect.unwrap(AdamW.step))
-    if device.type != 'cpu' or sys.platform != 'linux':
-        return None
-    # glibc hands every large block back to the kernel and faults it in again, zeroed, on the next
-    # step. Keeping freed memory trains faster.
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        # Shards gather and free weights all the time, which would fragment such a heap.
-        mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
-        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: what it keeps
-    with contextlib.suppress(OSError), open('/proc/loadavg') as file:  # some sandboxes hide it
-        load, _, _, running, _ = file.read().split()
-        # Busy in the last minute and still now; the load alone has our own run before this.
-        busy = min(round(float(load)), int(running.split('/')[0]) - 1)
-        free, threads = max(1, (os.cpu_count() or 1) - busy), torch.get_num_threads()
-        if free < threads and 'OMP_NUM_THREADS' not in os.environ:
-            return f'other work wants {busy} cores: meanwhile, OMP_NUM_THREADS={free} is faster'
-    return None
+    if sys.platform == 'linux':
+        # glibc hands every large block back to the kernel and faults it in again, zeroed, on the
+        # next step. Keeping freed memory trains faster on a CPU.
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            # Shards gather and free weights all the time, which would fragment such a heap.
+            mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
+            mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much it keeps
 
 
-@contextlib.contextmanager
+def is_out_of_memory(error):
+    """Whether an exception of torch's or numpy's means that memory could not be had."""
+    signs = ('out of memory', "can't allocate memory", 'not enough memory: you tried',
+             'CUBLAS_STATUS_ALLOC_FAILED')
+    is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_one or any(sign in str(error) for sign in signs)
+
+
 def out_of_memory(remedy):
-    """Turn any failure to get memory inside into a UserError of one line that ends in `remedy`."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        signs = 'out of memory', 'not enough memory', 'allocate memory'
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
-            raise
-        raise UserError(f'not enough memory ({shorten(repr(error), 160)}): {remedy}') from None
+    """Context manager: report a lack of memory as a UserError that ends with `remedy`."""
+    return user_errors((RuntimeError, MemoryError), 'not enough memory', remedy, is_out_of_memory)
 
 
-# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets; MFU is the share that we use.
+# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets. MFU is the fraction in use.
 # By the whole name, since a slice of a card or its laptop form has much the same one.
 PEAK_TFLOPS = {
-    'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 PCIe': 756,
+    'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA GH200 480GB': 989,
+    'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 NVL': 835, 'NVIDIA H100 PCIe': 756,
     'NVIDIA A100-SXM4-80GB': 312, 'NVIDIA A100-SXM4-40GB': 312, 'NVIDIA A100 80GB PCIe': 312,
-    'NVIDIA A100-PCIE-40GB': 312, 'NVIDIA L4': 121, 'Tesla T4': 65,
+    'NVIDIA A100-PCIE-40GB': 312, 'NVIDIA L40S': 362, 'NVIDIA L4': 121, 'NVIDIA A10G': 70,
+    'NVIDIA RTX A6000': 155, 'Tesla V100-SXM2-16GB': 125, 'Tesla V100-SXM2-32GB': 125,
+    'Tesla V100-PCIE-16GB': 112, 'Tesla V100-PCIE-32GB': 112, 'Tesla T4': 65,
     'NVIDIA GeForce RTX 5090': 209, 'NVIDIA GeForce RTX 4090': 165, 'NVIDIA GeForce RTX 3090': 71,
 }
 
 
-def peak_flops(device, dtype, tflops=0.0):
-    """FLOP/s that this device could do at most, or 0 where it is not known."""
-    if not tflops and device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16):
+def flops_per_token(model, block_size):
+    """Floating-point operations to train on one token of a window: forward and backward.
+
+    6 for each parameter of a Linear and 12 n_layer n_embd T for attention: Chowdhery et al. 2022
+    (PaLM), arXiv:2204.02311, appendix B. Embeddings are only looked up.
+    """
+    weights = sum(p.numel() for module in model.modules() if isinstance(module, nn.Linear)
+                  for p in module.parameters())
+    c = model.config
+    width = c.n_head * getattr(c, 'head_size', c.n_embd // c.n_head) if model.blocks else 0
+    return 6 * weights + 12 * len(model.blocks) * width * block_size
+
+
+def peak_speed(model, cfg, ranks, device, dtype):
+    """Tokens/s if every operation of the devices' peak were used, or 0 if it is not known."""
+    tflops = cfg.peak_tflops
+    if not tflops and device.type == 'cuda' and dtype != torch.float32:
         tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0)
-    return tflops * 1e12
+    return 1e12 * tflops * ranks.world_size / (flops_per_token(model, cfg.block_size) or 1)
 
 
 # --- many processes
 
 
+JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+
+
 class Ranks:
-    """This process among those that train together, as torchrun tells; alone, rank 0 of 1."""
+    """This process's rank, from torchrun's environment variables; alone, rank 0 of 1.
+
+    local_rank is the one on its machine. Raises UserError for half an environment.
+    """
 
     def __init__(self):
-        self.rank = int(os.environ.get('RANK', 0))
-        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))  # on its machine
-        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
+        names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+        found = {name: os.environ.get(name, '') for name in names}
+        if any(name in os.environ for name in names[:3]):
+            wrong = [f'{name}={text!r}' for name, text in found.items()
+                     if not (text if name == 'MASTER_ADDR' else text.isdecimal())]
+            if wrong or not int(found['RANK']) < int(found['WORLD_SIZE']):
+                raise UserError(f'the environment has {", ".join(wrong) or found}: torchrun sets '
+                                f'{", ".join(names)}; set all of them or none of the first three')
+        self.rank, self.local_rank = int(found['RANK'] or 0), int(found['LOCAL_RANK'] or 0)
+        self.world_size = int(found['WORLD_SIZE'] or 1)
         self.is_main = self.rank == 0
 
     @contextlib.contextmanager
     def joined(self, device, backend):
-        """Inside, the process group exists, with the backend that fits the device."""
+        """Context manager: the process group exists, with a backend that fits the device."""
         if self.world_size == 1:
             yield
             return
-        if backend in ('auto', 'nccl'):  # gloo besides, for what never leaves the CPU
+        if backend in ('auto', 'nccl'):  # gloo besides, for tensors that never leave the CPU
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend)
-        try:
-            yield
-        except SystemExit as stop:  # all ranks stop here
-            # gloo's threads sometimes keep Python from ending, until torchrun kills it.
-            atexit.register(lambda code=stop.code: (sys.stdout.flush(), os._exit(code)))
-            raise
-        dist.destroy_process_group()  # not after an error: it would wait for the other ranks
+        with user_errors((dist.DistError, RuntimeError, ValueError, OSError),
+                         f'not all {self.world_size} processes came to MASTER_ADDR='
+                         f'{os.environ["MASTER_ADDR"]}', 'start the others as well'):
+            store, _, _ = next(dist.rendezvous('env://', timeout=JOIN_TIMEOUT))
+            store.set(f'joined {self.rank}', '')
+            store.wait([f'joined {rank}' for rank in range(self.world_size)], JOIN_TIMEOUT)
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world_size)
+        yield
+        # Not after an exception: it would wait for the other ranks, and while its traceback keeps
+        # a model alive, gloo's threads could not end.
+        dist.destroy_process_group()
 
     def sum(self, tensor):
         """`tensor`, summed over the ranks, in place."""
@@ -160,82 +174,62 @@ class Ranks:
         """Whether `flag` is true on any rank; asked on the CPU, so that nobody waits for a GPU."""
         return bool(self.sum(torch.tensor(float(flag))))
 
+    def wait(self):
+        """Return when all ranks have come here."""
+        self.any(False)
 
-def build(cls, config, weights, device, shard=False, seed=0):
-    """The model `cls(config)` on `device`, with `weights` by name, or drawn from `seed` if None.
+    def agree(self, name, value):
+        """Raise UserError unless `value` is the same on all ranks: machines may share no disk."""
+        values = [(socket.gethostname(), value)] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, values[0])
+        host, first = values[0]
+        for other_host, other in values:
+            if other != first:
+                raise UserError(f'{name} is {other} on {other_host}, but {first} on {host}: copy '
+                                'it from the right machine to the others')
 
-    With `shard`, each rank makes and keeps only its part of every weight, of a gradient, and of
-    what an optimizer keeps (FSDP; ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054). Only rank 0
-    needs `weights`; whole weights exist one at a time. Sharded or not, the numbers are the same.
-    Raises ValueError, in one line, where the weights do not fit.
-    """
-    with torch.device('meta' if shard else device):
-        model = cls(config)
-    if weights is not None:
-        expected, found = ({name: getattr(weight, 'shape', None) for name, weight in state.items()}
-                           for state in (model.state_dict(), weights))
-        if wrong := sorted(dict(expected.items() ^ found.items())):
-            raise ValueError('the weights do not fit the model that comes with them: '
-                             + shorten(', '.join(wrong), 200))
-    if shard:
-        from torch.distributed.fsdp import fully_shard  # here, since it takes a second to import
+    def agree_on_file(self, path):
+        """Raise UserError unless the file `path` has the same end on all ranks, or is missing.
 
-        for module in (*model.blocks, model):
-            fully_shard(module)
-        torch.__future__.set_swap_module_params_on_conversion(True)  # shared weights stay one
-        model.to_empty(device=device)
-    torch.manual_seed(seed)  # here, since cls(config) has drawn numbers
-    for name, p in model.named_parameters():
-        whole = torch.empty(p.shape) if weights is None else weights[name]
-        if weights is None:
-            model.init_parameter(name, whole)
-        p.data.copy_(placed_like(whole, p))
-    return model
+        A .pt file ends with the check sums of all that it contains.
+        """
+        end = b''
+        if os.path.isfile(path):
+            with open(path, 'rb') as file:
+                file.seek(max(0, os.path.getsize(path) - (1 << 20)))
+                end = file.read()
+        self.agree(path, f'a file of digest {hashlib.sha256(end).hexdigest()[:12]}' if end else
+                   'missing')
 
-
-def placed_like(tensor, p):
-    """`tensor`, from rank 0, where and as the weight `p` is: on its device, sharded as it is."""
-    if tensor.shape != p.shape:
-        raise ValueError(f'{tuple(tensor.shape)} in the place of {tuple(p.shape)}')
-    if hasattr(p, 'full_tensor'):  # a DTensor, whose type takes long to import
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
-    return tensor.to(p.device).contiguous()  # a fused optimizer takes memory as it lies
+    def from_main(self, value):
+        """Rank 0's `value`, on all ranks."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
 
-def gathered(value):
-    """`value`, a tensor or nested dicts, with all that is sharded gathered.
-
-    All ranks must call it; the tensors come to the CPU of rank 0, the others get None instead, but
-    for scalars, which all get. A weight under two names stays shared, if the dict has parameters
-    themselves (`keep_vars`).
-    """
-    if isinstance(value, dict):
-        once = {id(item): gathered(item) for item in value.values()}
-        return {key: once[id(item)] for key, item in value.items()}
-    value = value.detach() if isinstance(value, torch.Tensor) else value
-    if not hasattr(value, 'full_tensor'):
-        return value
-    full = value.full_tensor()
-    return full.cpu() if dist.get_rank() == 0 or not full.dim() else None
-
-
-def wrap(raw, cfg, ranks, device, amp, example):
+def wrap(raw, cfg, ranks, device, amp, split):
     """The model as training calls it: compiled if asked for, gradients averaged over the ranks.
 
-    Whether torch.compile fails shows at the first use: here, on the training batch `example`.
+    torch.compile fails at the first call, if at all, so that call is here, on a batch of `split`.
     """
     model = raw
+    if cfg.recompute:  # a block's activations are computed again when its gradient needs them
+        for block in raw.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if cfg.compile or (cfg.compile is None and device.type == 'cuda'):
         try:
             model = torch.compile(raw)
             with amp:
-                _, loss = model(*example, loss_only=True)
-            loss.backward()
+                x, y = split.batch([0] * cfg.batch_size, cfg.block_size, device)
+                model(x, y, loss_only=True)[1].backward()
         except Exception as error:
-            Progress(ranks.is_main).say(
-                f'torch.compile failed ({shorten(repr(error), 200)}): going on without it; '
+            if is_out_of_memory(error):
+                raise
+            Progress(ranks.is_main).print_line(
+                f'torch.compile failed ({shorten(repr(error), 200)}): continuing without it; '
                 '--compile=false says so at once')
             model = raw
         raw.zero_grad()
@@ -252,90 +246,128 @@ def sync_gradients(model, sync):
         model.require_backward_grad_sync = sync
 
 
-# --- signals
+# --- sharding
 
 
-@contextlib.contextmanager
-def stop_signal(speaks):
-    """Inside, Ctrl-C and SIGTERM only set `received` to their number, so that a run can end well.
+def new_model(cls, config, weights, device, shard=False, seed=0):
+    """The model `cls(config)` on `device`, with `weights`; None: initialized from `seed`.
 
-    A second Ctrl-C exits at once. Of several processes, one `speaks`.
+    The numbers are the same on every device, sharded or not. Sharded, each rank keeps only its
+    part of every weight, gradient, and optimizer state (FSDP; ZeRO: Rajbhandari et al. 2020,
+    arXiv:1910.02054), and only rank 0 needs weights. Raises UserError if they don't fit.
     """
-    stop = SimpleNamespace(received=0)
-
-    def handle(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system obeys it, whatever Python does
-        if speaks and not stop.received:
-            with contextlib.suppress(OSError):  # os.write, since print may be what was interrupted
-                os.write(1, b'\nfinishing this iteration, then saving; '
-                            b'Ctrl-C again to quit without\n')
-        stop.received = stop.received or number
-
-    with contextlib.ExitStack() as at_end:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # signals are for the main thread only
-                at_end.callback(signal.signal, number, signal.signal(number, handle))
-        yield stop
-
-
-# --- the log of a run
+    model = None
+    if not shard or dist.get_rank() == 0:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = cls(config)
+        if weights is not None:
+            own = {name: weight.shape for name, weight in model.state_dict().items()}
+            weights = {name: weight for name, weight in weights.items()
+                       if name in own or not name.endswith('.attn.bias')}  # nanoGPT's old masks
+            found = {name: getattr(weight, 'shape', None) for name, weight in weights.items()}
+            if wrong := sorted(dict(own.items() ^ found.items())):
+                raise UserError('the weights do not fit the model that comes with them: '
+                                + shorten(', '.join(wrong), 200))
+            model.load_state_dict(weights)
+    return spread(cls, config, model, device) if shard else model.to(device)
 
 
-class Log:
-    """`log.csv`, one row per logged iteration; loss.png; and Weights & Biases if asked for.
+# --- sharding
 
-    The rows of a new run wait in memory until `open`, after its first save: nothing of a former
-    run is touched before there is something to keep. A resumed one goes on at `position`, which
-    its checkpoint has: what was written after that is cut off, and will be written again.
+
+def spread(cls, config, whole, device):
+    """Rank 0's model `whole`, `cls(config)`, spread over the ranks; the others pass None."""
+    # Here, since it takes a second to import.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    with torch.device('meta'):
+        model = cls(config)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay one
+    model.to_empty(device=device)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    load_weights(model, whole.state_dict() if whole else {})
+    for name, buffer in model.named_buffers():  # also those that no state dict contains
+        if whole:
+            buffer.copy_(whole.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    return model
+
+
+def is_sharded(model):
+    """Whether `shard` made this model."""
+    return hasattr(model, 'set_requires_gradient_sync')
+
+
+def load_weights(model, weights):
+    """Copy a state dict into a model; into a sharded one, that of rank 0."""
+    if not is_sharded(model):
+        model.load_state_dict(weights)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, weights, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+
+
+def gather_weights(model):
+    """A model's state dict; of a sharded one, whole weights on rank 0's CPU, {} elsewhere."""
+    if not is_sharded(model):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True))
+    first_names = {}  # a tied weight has two names, and is to be saved once
+    for name, p in model.named_parameters(remove_duplicate=False) if weights else ():
+        weights[name] = weights[first_names.setdefault(p, name)]
+    return weights
+
+
+def gather(value):
+    """A tensor, whole if it was sharded: on rank 0's CPU, None elsewhere; a scalar on all ranks."""
+    if not hasattr(value, 'full_tensor'):
+        return value
+    value = value.full_tensor()
+    return value.cpu() if dist.get_rank() == 0 or not value.dim() else None
+
+
+def gather_state(optimizer):
+    """An optimizer's state dict, each tensor as by `gather`."""
+    state = optimizer.state_dict()
+    state['state'] = {number: {name: gather(value) for name, value in values.items()}
+                      for number, values in state['state'].items()}
+    return state
+
+
+def fitting_state(optimizer, saved):
+    """The state dict `saved`, with the optimizer's own settings, sharded as its parameters are.
+
+    State may have any shape, except torch's own moments. Raises ValueError, KeyError or TypeError.
     """
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    groups = [own | {'params': theirs['params']} for own, theirs
+              in zip(optimizer.param_groups, saved['param_groups'], strict=True)]
+    state = {}
+    for number, values in saved['state'].items():
+        p, state[number] = params[number], dict(values)
+        if isinstance(optimizer, torch.optim.AdamW) and 'step' not in values:
+            raise ValueError('a weight has no count of steps')
+        for name, value in values.items():
+            is_like_p = value.shape == p.shape
+            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and not is_like_p:
+                raise ValueError(f'{name} has the shape {tuple(value.shape)} for a weight of '
+                                 f'{tuple(p.shape)}')
+            if is_like_p and hasattr(p, 'full_tensor'):
+                from torch.distributed.tensor import distribute_tensor
 
-    columns = ('iteration tokens epochs train_loss train_eval_loss val_loss learning_rate '
-               'grad_norm skipped tokens_per_s mfu seconds').split()
-
-    def __init__(self, cfg, ranks, position=None):
-        self.out_dir, self.path = cfg.out_dir, os.path.join(cfg.out_dir, 'log.csv')
-        self.is_main, self.is_open = ranks.is_main, False
-        self.file, self.wandb = io.StringIO(), None
-        self.began = time.perf_counter() - (position or {}).get('seconds', 0.0)
-        self.file_errors = partial(file_errors, f'cannot write {self.path}',
-                                   'make room, then go on with --init_from=resume')
-        if self.is_main and cfg.wandb_log:
-            with user_errors():
-                import wandb
-            self.wandb = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
-                                    config=vars(cfg))
-        csv.writer(self.file).writerow(self.columns)
-        if position is not None:
-            self.open(position.get('bytes', sys.maxsize))  # nanoGPT's have none: keep all
-
-    def open(self, size=0):
-        """Write to the file from now on, after its first `size` bytes."""
-        if not self.is_main or self.is_open:
-            return
-        waiting, self.is_open = self.file.getvalue(), True
-        with self.file_errors():
-            self.file = open(self.path, 'a', newline='', encoding='utf-8')
-            self.file.truncate(min(size, self.file.tell()))
-            if not self.file.seek(0, os.SEEK_END):  # `truncate` leaves `tell` where it was
-                self.file.write(waiting)
-                self.file.flush()
-
-    def position(self):
-        """What a checkpoint keeps of the log, to go on from there."""
-        return {'bytes': self.file.tell(), 'seconds': time.perf_counter() - self.began}
-
-    def write(self, row):
-        """Add a row, a dict of some of `columns`."""
-        if not self.is_main:
-            return
-        row = row | {'seconds': round(time.perf_counter() - self.began, 3)}
-        with self.file_errors():
-            csv.DictWriter(self.file, self.columns).writerow(row)
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row['iteration'])
-        if row['val_loss'] is not None and self.is_open and find_spec('matplotlib'):
-            try:
-                plot_loss.draw([self.out_dir], os.path.join(self.out_dir, 'loss.png'))
-            except Exception as error:  # no picture is worth a run
-                Progress().say(f'(no loss.png: {error})')
+                state[number][name] = distribute_tensor(
+                    value.to(p.device), p.device_mesh, p.placements)
+            elif is_like_p:
+                state[number][name] = value.contiguous()  # as fused optimizers assume
+    return {'state': state, 'param_groups': groups}

@@ -17,9 +17,9 @@ import runtime
 from checkpoint import load_model
 from configurator import override
 from console import UsageError
-from model import stream
+from model import sample_from, stream
 from prepare_text import read_text
-from quantize import ready
+from quantize import prepare_for_sampling
 from tokenizer import prompt_ids
 
 
@@ -39,6 +39,17 @@ class SampleConfig:
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
     quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
     compile: bool = False  # torch.compile: slow to start, faster for very long texts
+
+
+    def __post_init__(self):
+        """Refuse impossible values before anything slow. Raises UsageError."""
+        for name in ('num_samples', 'max_new_tokens'):
+            if getattr(self, name) < 1:
+                raise UsageError(f'{name} is {getattr(self, name)}: it must be at least 1')
+        try:
+            sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def read_prompt(start):
@@ -81,10 +92,9 @@ class Text:
 def print_samples(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
     device, dtype = runtime.device_and_dtype(cfg)
-    runtime.tune(device)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    ready(model, device, dtype, cfg.quantize, cfg.compile)
+    prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
     ids = prompt_ids(tokenizer, prompt)
@@ -108,11 +118,8 @@ def print_samples(cfg, prompt):
 
 def main(argv):
     cfg = override(SampleConfig(), argv, usage=__doc__)
-    if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
-        raise UsageError(f'num_samples={cfg.num_samples} and max_new_tokens={cfg.max_new_tokens} '
-                         'must be at least 1')
-    remedy = f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'
-    with console.user_errors(), runtime.out_of_memory(remedy):
+    runtime.set_speed_options()
+    with runtime.out_of_memory(f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'):
         print_samples(cfg, read_prompt(cfg.start))
 
 

@@ -88,7 +88,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, json, eot=None):
-        with user_errors():
+        with user_errors(ImportError, 'tokenizers is missing', 'pip install tokenizers'):
             from tokenizers import Tokenizer
         self.json, self.eot = json, eot
         try:
@@ -124,7 +124,8 @@ def tokenizer_from(state):
 def tokenizer_of(name):
     """The tokenizer of a Hugging Face folder, or of a model there. Runs no code of it."""
     folder, files = name, ['tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'config.json']
-    with user_errors():
+    with user_errors((OSError, ValueError, ImportError), f'cannot read the tokenizer {name}',
+                     'connect, or choose another folder or name'):
         if not os.path.isdir(name):
             if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
                 return GPT2Tokenizer()

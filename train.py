@@ -1,51 +1,57 @@
 """Train a GPT.
 
-    python train.py config/train_wizard_char.py                    # a minute or two on a laptop
-    python train.py config/train_wizard_char.py --max_iters=3000   # what comes later wins
-    python train.py config/train_wizard_char.py --init_from=resume # go on where it stopped
+    python train.py config/train_wizard_char.py                     # a few minutes on a laptop
+    python train.py config/train_wizard_char.py --max_iters=3000    # the last setting wins
+    python train.py config/train_wizard_char.py --init_from=resume  # continue where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-`TrainConfig` lists every setting; `training_run` has the loop, to be read from top to bottom.
+`TrainConfig` lists every setting. `update` is the algorithm; `training_run` has the loop around it.
 """
 
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
+from collections import defaultdict, deque
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
 
 import console
+import plot_loss
 import runtime
-from checkpoint import MODELS, restore, save, starting_point
+from checkpoint import load_checkpoint, restore, save_run, starting_point
 from configurator import override
-from console import Progress, UsageError, UserError, clock
+from console import Log, Progress, UsageError, UserError, hms
 from dataset import Dataset, evaluation_batches, training_batches
-from llama import Muon
+from llama import MODELS
 from model import MODEL_SIZES
-from runtime import Log, Ranks, stop_signal
+from muon import Muon
+from runtime import Ranks
 from tokenizer import prompt_ids
 
-REMEDIES = 'Remedies: a lower --learning_rate, --dtype=float32, a smaller --grad_clip'
+REMEDIES = ('Remedies: a lower --learning_rate, a smaller --grad_clip, --dtype=float32 (which is '
+            'TF32 on CUDA)')
 
 
 @dataclass
 class TrainConfig:
     # results
     out_dir: str = 'out'  # for ckpt.pt (to resume), best.pt (to use), log.csv and loss.png
-    eval_interval: int = 2000  # evaluate, save and show a sample every so many iterations
-    log_interval: int = 1  # a line and a row of log.csv every so many iterations
-    eval_iters: int = 200  # batches per evaluation, the same each time; 0 takes the whole split
+    eval_interval: int = 2000  # evaluate, save and show a sample every N iterations
+    log_interval: int = 1  # a line and a row of log.csv every N iterations
+    eval_iters: int = 200  # batches per evaluation, the same each time; 0: the whole split
     eval_only: bool = False  # evaluate every split, with perplexity, and stop
     always_save_checkpoint: bool = True  # false: ckpt.pt only if val improved, or if interrupted
-    sample_tokens: int = 200  # length of the sample shown at each evaluation; 0 shows none
-    sample_start: str = '\n'  # what the sample begins with
+    keep_interval: int = 0  # also keep a checkpoint, ckpt-N.pt, every N iterations; 0: none
+    sample_tokens: int = 200  # length of the sample shown at each evaluation; 0: none
+    sample_start: str = '\n'  # how the sample begins
     wandb_log: bool = False  # log to Weights & Biases too: pip install wandb
     wandb_project: str = 'owt'  # the project there
     wandb_run_name: str = 'gpt2'  # the run's name there
@@ -55,16 +61,17 @@ class TrainConfig:
     batch_size: int = 12  # sequences per micro-batch: as many as memory allows
     block_size: int = 1024  # tokens of context: attention costs its square
     # model
-    init_from: str = 'scratch'  # scratch, resume, a checkpoint, or Hugging Face's: gpt2, a folder
+    init_from: str = 'scratch'  # scratch; resume; a checkpoint; or Hugging Face's: gpt2, a folder
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
-    model_size: str = ''  # a name in model.py's table; it replaces the defaults of the three below
-    n_layer: int = 12  # depth: how many blocks, one after the other
-    n_head: int = 12  # attention heads; n_embd must divide by it
-    n_embd: int = 768  # width: numbers that stand for a token in each block
+    model_size: str = field(  # sets the next three, for example gpt2-medium; see model.py
+        default='gpt2', metadata={'resets': ('n_layer', 'n_head', 'n_embd')})
+    n_layer: int | None = None  # depth: how many blocks, one after the other
+    n_head: int | None = None  # attention heads; must divide n_embd
+    n_embd: int | None = None  # width: length of the vector that represents a token
     dropout: float = 0.0  # 0 for pretraining; 0.1 or 0.2 when the text is small
-    bias: bool = False  # biases in Linear and LayerNorm: GPT-2 has them, without is a bit faster
-    gelu: str = 'erf'  # the exact GELU; tanh is the form of OpenAI's GPT-2 weights
-    n_kv_head: int | None = None  # llama: heads of keys and values; none means n_head
+    bias: bool = False  # gpt: biases in Linear and LayerNorm, as in GPT-2; false is slightly faster
+    gelu: str = 'erf'  # gpt: the exact GELU; tanh is the form of OpenAI's GPT-2 weights
+    n_kv_head: int | None = None  # llama: heads of keys and values; none: n_head
     qk_norm: bool = True  # llama: norms on queries and keys; steadier, and a lower loss
     tied: bool = True  # llama: one matrix reads and predicts tokens; false suits small alphabets
     # optimizer
@@ -72,56 +79,69 @@ class TrainConfig:
     muon_lr: float = 0.02  # Muon's peak rate; it follows the same schedule
     muon_momentum: float = 0.95  # Muon's decay of the gradient's running mean
     muon_weight_decay: float = 0.1  # Muon's; its updates are large, so this one matters
-    muon_steps: int = 3  # to make an update orthogonal; 2 take less time, but learn less
+    muon_steps: int = 3  # orthogonalization steps per update; 2 are faster but learn less
     learning_rate: float = 6e-4  # the peak; small models like more: 1e-3 to 8e-3
     max_iters: int = 600000  # updates in all
     weight_decay: float = 0.1  # on matrices; never on biases and norms
     beta1: float = 0.9  # AdamW's decay of the gradient's running mean
-    beta2: float = 0.95  # and of its square's; 0.99 when a batch has few tokens
+    beta2: float = 0.95  # AdamW's decay of the squared gradient's; 0.99 for batches of few tokens
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    decay_lr: bool = True  # false keeps the learning rate constant, from the first update on
+    schedule: str = 'cosine'  # how the rate falls from the peak: cosine, linear, or plateau
+    decay_lr: bool = True  # false: constant rate, and no warmup
     warmup_iters: int = 2000  # iterations of linear rise to the peak
-    lr_decay_iters: int | None = None  # iteration at which min_lr is reached; none means max_iters
-    min_lr: float = 6e-5  # a tenth of the peak is usual; above the peak, the rate rises to it
+    lr_decay_iters: int | None = None  # iteration at which min_lr is reached; none: max_iters
+    min_lr: float = 6e-5  # the rate at the end; a tenth of the peak is usual
     # machine
     backend: str = 'auto'  # for several processes: nccl on GPUs, gloo on CPU
-    device: str = 'auto'  # the best there is of cuda, mps, cpu; or one by name, say cuda:1
-    dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
+    device: str = 'auto'  # the best of cuda, mps, cpu; or one by name, for example cuda:1
+    dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
     shard: bool = False  # keep only a part of weights, gradients and moments on each process
-    compile: bool | None = None  # torch.compile; none means on CUDA only, where it soon pays
-    peak_tflops: float = 0.0  # the device's peak, to know MFU by; 0 looks it up
-    seed: int = 1337  # all that is drawn in training follows from it
+    recompute: bool = False  # compute activations again in backward: less memory, more time
+    compile: bool | None = None  # torch.compile; none: on CUDA only, where it soon pays
+    peak_tflops: float = 0.0  # peak TFLOP/s of the device, for MFU; 0: look it up
+    seed: int = 1337  # seed of initialization, batches and dropout
 
     def __post_init__(self):
-        """Refuse what is impossible, before anything slow. Raises UsageError."""
-        if self.eval_only and self.init_from == 'scratch':
-            raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
+        """Fill in the sizes, and refuse impossible values before anything slow. UsageError."""
         counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
                   'block_size', 'max_iters', 'muon_steps', 'n_kv_head')
-        choices = dict(model=[*MODELS], optimizer=['adamw', 'muon'], model_size=['', *MODEL_SIZES],
-                       backend=['auto', 'nccl', 'gloo'])
+        choices = dict(model=MODELS, model_size=MODEL_SIZES, optimizer=OPTIMIZERS,
+                       schedule=SCHEDULES, backend=['auto', 'nccl', 'gloo'])
         for name, value in vars(self).items():
             if name in choices and value not in choices[name]:
-                raise UsageError(f'{name}={value!r} must be one of {choices[name]}')
+                raise UsageError(f'{name}={value!r} must be one of {[*choices[name]]}')
             least = 1 if name in counts else 0
             if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
                 raise UsageError(f'{name} is {value}: it must be at least {least}')
             if name in ('beta1', 'beta2', 'muon_momentum') and value >= 1:
                 raise UsageError(f'{name} is {value}: it must be below 1')
+        for name, size in zip(('n_layer', 'n_head', 'n_embd'), MODEL_SIZES[self.model_size]):
+            if getattr(self, name) is None:
+                setattr(self, name, size)
+        self.out_dir = os.path.expanduser(self.out_dir)
+        if self.eval_only and self.init_from == 'scratch':
+            raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
         if self.optimizer == 'muon' and (self.model == 'bigram' or self.shard):
             raise UsageError('optimizer=muon needs a gpt or a llama, without --shard')
-        if self.model_size:
-            for name, value in zip(('n_layer', 'n_head', 'n_embd'), MODEL_SIZES[self.model_size]):
-                if getattr(self, name) == getattr(TrainConfig, name):  # its default
-                    setattr(self, name, value)
-            self.model_size = ''  # or `replace` would undo a checkpoint's shape
+
+    @property
+    def update_tokens(self):
+        """Tokens that an update learns from, over all processes."""
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+
+# How the rate falls: the fraction of the way from min_lr to the peak, by the fraction of the
+# iterations after warmup that are done. Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983.
+# Plateau: Haegele et al. 2024, arXiv:2405.18392. Add your own here.
+SCHEDULES = {
+    'cosine': lambda done: (1 + math.cos(math.pi * done)) / 2,
+    'linear': lambda done: 1 - done,
+    'plateau': lambda done: min(1, (1 - done) / 0.2),
+}
 
 
 def learning_rate(cfg, it):
-    """The rate for update `it`: a linear rise, then half a cosine down to min_lr.
-
-    Loshchilov & Hutter 2016, arXiv:1608.03983, without the restarts.
-    """
+    """The rate for update `it`: a linear rise to the peak, then down to min_lr."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     if it < cfg.warmup_iters:
@@ -129,29 +149,78 @@ def learning_rate(cfg, it):
     decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     if it >= decay_iters:
         return cfg.min_lr
-    progress = (it - cfg.warmup_iters) / (decay_iters - cfg.warmup_iters)
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    done = (it - cfg.warmup_iters) / (decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * SCHEDULES[cfg.schedule](done)
 
 
-def make_optimizers(model, cfg, dtype):
-    """AdamW for all weights; or Muon for the matrices inside blocks and AdamW for the rest.
-
-    AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101, with weight decay on matrices only.
-    """
-    blocks = model.blocks if cfg.optimizer == 'muon' else ()
-    hidden = [p for block in blocks for p in block.parameters() if p.dim() >= 2]
-    inside = set(hidden)
-    rest = [p for p in model.parameters() if p not in inside]
-    adamw = torch.optim.AdamW(
-        [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': cfg.weight_decay},
-         {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}],
+def adamw(model, cfg, dtype, params=None):
+    """AdamW for all weights, or for `params`: Loshchilov & Hutter 2017, arXiv:1711.05101."""
+    params = list(model.parameters() if params is None else params)
+    return [torch.optim.AdamW(
+        [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': cfg.weight_decay},
+         {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}],
         lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True,
-    )
-    if not hidden:
-        return [adamw]
-    return [adamw, Muon(hidden, dict(
-        lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_weight_decay,
-        ns_steps=cfg.muon_steps, bf16=dtype == torch.bfloat16))]
+    )]
+
+
+def muon(model, cfg, dtype):
+    """Muon for the matrices inside blocks, AdamW for the rest.
+
+    A module stays out of Muon, as a router should, by an attribute: `self.optimizer = 'adamw'`.
+    """
+    hidden = {p: None for block in model.blocks for module in block.modules()
+              if getattr(module, 'optimizer', None) != 'adamw'
+              for p in module.parameters(recurse=False) if p.dim() >= 2}
+    rest = [p for p in model.parameters() if p not in hidden]
+    return adamw(model, cfg, dtype, rest) + [Muon(
+        hidden, cfg.muon_lr, cfg.muon_momentum, cfg.muon_weight_decay, cfg.muon_steps,
+        bf16=dtype == torch.bfloat16)]
+
+
+# The setting `optimizer`: a function of (model, cfg, dtype) that returns a list of optimizers, each
+# made with its peak rate, which the schedule scales. Add your own here.
+OPTIMIZERS = {'adamw': adamw, 'muon': muon}
+
+
+def training_loss(model, x, y):
+    """The loss that an update lowers, and named parts of it, scalar tensors, for the log.
+
+    Add a second loss here: a balance of experts, a distance from a teacher. Evaluation keeps the
+    plain one.
+    """
+    _, loss = model(x, y, loss_only=True)
+    return loss, {}
+
+
+def update(model, batches, micro_steps, optimizers, scaler, amp, ranks, grad_clip):
+    """One update of the weights: forward, backward, clip, step.
+
+    batches: an iterator of (x, y); the next `micro_steps` are this rank's part of the update.
+    Returns the loss, the norm of the gradient, and the named parts of the loss, as floats.
+    """
+    figures = defaultdict(float)
+    for micro_step in range(micro_steps):
+        x, y = next(batches)
+        runtime.sync_gradients(model, micro_step == micro_steps - 1)  # once is enough
+        with amp:
+            loss, parts = training_loss(model, x, y)
+        scaler.scale(loss / micro_steps).backward()  # gradients add up; ranks are averaged
+        for name, value in {'loss': loss, **parts}.items():
+            figures[name] += value.detach() / micro_steps
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    figures['norm'] = runtime.gather(norm)  # the same on all ranks
+    means = ranks.sum(torch.stack([*figures.values()])) / ranks.world_size
+    figures = dict(zip(figures, means.tolist()))  # here the host waits for the GPU
+    loss, norm = figures.pop('loss'), figures.pop('norm')
+    if math.isfinite(loss + norm):  # else leave it out: one bad batch must not spoil the weights
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad()
+    return loss, norm, figures
 
 
 @torch.no_grad()
@@ -178,237 +247,212 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
     return losses
 
 
+def print_losses(losses, tokenizer, progress):
+    """Print the loss of each split, with perplexity and bits."""
+    unit = 'character' if tokenizer.state()['type'] == 'char' else 'token'
+    for name, loss in losses.items():
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf past 700
+        progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
+                            f'{loss / math.log(2):.4f} bits per {unit}')
+
+
+def measure_best_again(run, model, cfg, data, measure, progress):
+    """If validation losses are measured in another way than before, measure best.pt again."""
+    windows = cfg.eval_iters * cfg.batch_size
+    measured_on = dict(sha256=data.sha256, tokens=data.splits['val'].tokens, windows=windows,
+                       block_size=cfg.block_size, seed=cfg.seed if windows else None)
+    path = f'{cfg.out_dir}/best.pt'
+    if run['measured_on'] == measured_on:
+        return
+    run |= {'measured_on': measured_on, 'best_val_loss': math.inf}
+    if cfg.init_from == 'resume' and os.path.exists(path):
+        current = {name: w.clone() for name, w in runtime.gather_weights(model).items()}
+        runtime.load_weights(model, load_checkpoint(path)['model'])
+        run |= {'best_val_loss': measure(model, {'val': data.splits['val']}).get('val', math.inf)}
+        runtime.load_weights(model, current)
+        progress.print_line('the validation data, or the way to measure, have changed: now '
+                            f'{path} has a loss of {run["best_val_loss"]:.4f}')
+
+
 def sample_text(model, tokenizer, cfg, device, amp):
-    """A short text by the model as it is now, for whoever watches."""
+    """A short sample of the current model, each line after a bar."""
     start = cfg.sample_start.replace('\\n', '\n')  # a shell passes \n as two characters
-    prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
+    try:
+        prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
+    except UserError as error:  # a character that the alphabet lacks, or tiktoken has no files
+        return f'(no sample: {error})'
     generator = torch.Generator(device).manual_seed(cfg.seed)
     with amp:
         ids = model.generate(prompt, cfg.sample_tokens, 0.8, top_p=0.95, generator=generator,
                              vocab_size=tokenizer.vocab_size)
-    text = tokenizer.decode(ids[0].tolist()).strip('\n')
-    # What would move the cursor, or worse: a model that knows nothing yet may write it.
-    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
+    text = console.printable(tokenizer.decode(ids[0].tolist()).strip('\n'))
+    return ''.join(f'  | {line}\n' for line in text.split('\n'))
 
 
-def train(cfg):
+def train(cfg, catch_signals=False):
     """Train as `cfg` says; returns the best validation loss, or None for `eval_only`.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and exits.
+    catch_signals: save and exit after Ctrl-C and the signals that end jobs. Otherwise nothing in
+    the process is changed. Raises UserError for mistakes that a user can fix.
     """
     ranks = Ranks()
-    cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has all anyway
+    cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has nothing to shard
     micro_batches = cfg.gradient_accumulation_steps
-    if micro_batches % ranks.world_size:
+    if micro_batches % ranks.world_size and not cfg.eval_only:
         nearest = math.ceil(micro_batches / ranks.world_size) * ranks.world_size
-        batch_size, rest = divmod(micro_batches * cfg.batch_size, nearest)
-        keep = '' if rest else f', and batch_size={batch_size} keeps the size of an update'
-        raise UsageError(f'gradient_accumulation_steps={micro_batches} cannot be shared among '
-                         f'{ranks.world_size} processes: {nearest} can{keep}')
+        raise UsageError(f'gradient_accumulation_steps={micro_batches} must be a multiple of the '
+                         f'{ranks.world_size} processes: try {nearest}')
     device, dtype = runtime.device_and_dtype(cfg)
     progress = Progress(enabled=ranks.is_main)
-    if warning := runtime.tune(device, cfg.shard):
-        progress.say(warning)
+    writes = ranks.is_main and not cfg.eval_only
     remedy = (f'lower --batch_size={cfg.batch_size} (with --gradient_accumulation_steps='
               f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
     with (
-        console.locked(cfg.out_dir) if ranks.is_main and not cfg.eval_only else nullcontext(),
+        console.locked(cfg.out_dir) if writes else nullcontext(),
+        torch.accelerator.device_index(device.index), torch.random.fork_rng(),
         ranks.joined(device, cfg.backend), runtime.out_of_memory(remedy),
     ):
-        with console.user_errors():
-            data = Dataset(cfg.dataset, ranks)
-        with stop_signal(ranks.is_main and not cfg.eval_only) as stop:
-            return training_run(cfg, data, ranks, device, dtype, stop, progress)
-
-
-def training_run(cfg, data, ranks, device, dtype, stop, progress):
-    """What `train` does, once there is a device, a process group, and a lock on out_dir."""
-    # Matrix products inside are in `dtype`; what needs the digits stays in float32.
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with console.user_errors():
-        asked = cfg
-        cfg, raw, checkpoint = starting_point(asked, data.tokenizer, ranks, device)
-        optimizers = make_optimizers(raw, cfg, dtype)
-        # Small gradients would be 0 in float16: they are scaled up for the time of backward.
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        start, best_val_loss, log_position, former_max_iters = 0, math.inf, None, None
-        if checkpoint and not cfg.eval_only:
-            restore(optimizers, scaler, checkpoint)
-            start, log_position = checkpoint['iter_num'], checkpoint['log']
-            if checkpoint['config'].get('dataset') == cfg.dataset:  # else no loss is comparable
-                best_val_loss = checkpoint['best_val_loss']
-            # A finished run's last row came after ckpt.pt: extended, it evaluates there again.
-            former_max_iters = checkpoint['config'].get('max_iters')
-            progress.say(f'resumed at iteration {start} of {cfg.max_iters}; the learning rate '
-                         f'goes on from {learning_rate(cfg, start):.3g}')
-        if overridden := [f'{name}={value}' for name, value in vars(cfg).items()
-                          if getattr(asked, name) not in (None, value)]:  # None: it was open
-            progress.say(f'from the checkpoint: {", ".join(overridden)}')
-    del checkpoint  # a second copy of everything
-
-    if cfg.eval_only:
-        unit = 'character' if data.tokenizer.state()['type'] == 'char' else 'token'
-        losses = evaluate(raw, data.splits, cfg, ranks, device, amp, stop, progress)
-        if not losses:
-            sys.exit(128 + (stop.received or signal.SIGTERM))
-        for name, loss in losses.items():
-            perplexity = math.exp(loss) if loss < 700 else math.inf
-            progress.say(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
-                         f'{loss / math.log(2):.4f} bits per {unit}')
-        return None
-
-    batches = training_batches(data.splits['train'], cfg, ranks, device, start)
-    x, y = next(batches)
-    model = runtime.wrap(raw, cfg, ranks, device, amp, (x, y))  # perhaps compiled, or one of many
-    log = Log(cfg, ranks, log_position)
-    micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
-    update_tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    epoch_tokens = data.splits['train'].tokens
-    peak_flops = runtime.peak_flops(device, dtype, cfg.peak_tflops) * ranks.world_size
-    flops_per_token = raw.flops_per_token()
-    progress.say(f'data/{cfg.dataset} ({data.source}): {epoch_tokens:,} train tokens; {cfg.model} '
-                 f'of {raw.num_params():,} parameters, {update_tokens:,} tokens an update; '
-                 f'{device} in {str(dtype).removeprefix("torch.")}; results in '
-                 f'{os.path.abspath(cfg.out_dir)}')
-    # How the model's text begins, for the hint at the end; not if the model can't read it.
-    start_flag = [f'--start={cfg.sample_start}'] if cfg.sample_start != '\n' else []
-    bad_in_a_row, skipped, evaluation_seconds = 0, (log_position or {}).get('skipped', 0), 0.0
-    tokens = (log_position or {}).get('tokens', start * update_tokens)  # seen so far
-    since, updates = time.perf_counter(), 0  # since the log's last row
-
-    for it in range(start, cfg.max_iters + 1):  # evaluate and save if due, then update
-        last, improved, losses = it == cfg.max_iters, False, {}
-        began = time.perf_counter()
-        if it % cfg.eval_interval == 0 or last or it == start == former_max_iters:
-            splits = {name: data.splits[name] for name in ('val', 'train')}  # the shorter first
-            losses = evaluate(model, splits, cfg, ranks, device, amp, stop, progress)
-        if losses:
-            # Equal is enough: a run killed before it saved best.pt finds the same loss again.
-            improved = it > 0 and losses['val'] <= best_val_loss
-            best_val_loss = losses['val'] if improved else best_val_loss
-            progress.say(f'step {it}: train loss {losses["train"]:.4f}, '
-                         f'val loss {losses["val"]:.4f}' + ' (the best so far)' * improved)
-
-        stopping = ranks.any(stop.received)
-        # Nothing is saved at iteration 0: there is nothing yet that a user could lose.
-        if it > 0 and (stopping or improved or (losses and cfg.always_save_checkpoint)):
-            if not runtime.gathered(torch.nn.utils.get_total_norm(raw.parameters())).isfinite():
-                raise UserError(f'weights are not finite at iteration {it}: not saved. {REMEDIES}')
-            if ranks.is_main and not log.is_open and console.set_aside(cfg.out_dir):
-                progress.say(f'the former run in {cfg.out_dir} is now in {cfg.out_dir}/previous')
-            best = {
-                'model': runtime.gathered(raw.state_dict(keep_vars=True)),
-                # without gelu, so that nanoGPT can load it; config has it
-                'model_args': {k: v for k, v in vars(raw.config).items() if k != 'gelu'},
-                'iter_num': it,  # the next update
-                'best_val_loss': best_val_loss,
-                'config': asdict(cfg),
-                'tokenizer': data.tokenizer.state(),
-                'format': {'name': 'ozgpt', 'version': 1},
-            }
-            state = best | {
-                'optimizer': runtime.gathered(optimizers[0].state_dict()),
-                'muon': [optimizer.state_dict() for optimizer in optimizers[1:]],
-                'scaler': scaler.state_dict(),
-                'log': log.position() | {'skipped': skipped, 'tokens': tokens},
-            }
-            if ranks.is_main:
-                save(f'{cfg.out_dir}/ckpt.pt', state)
-                log.open()
-            if ranks.is_main and improved:
-                save(f'{cfg.out_dir}/best.pt', best)
-            ranks.any(False)  # all wait, or else torchrun soon ends rank 0, which still saves
-            del best, state  # whole copies, if the model is sharded
-        if stopping:
-            saved = f'{cfg.out_dir}/ckpt.pt is saved: to go on, add --init_from=resume'
-            progress.say(f'stopped at iteration {it}; {saved if it else "nothing to save yet"}')
-            if log.wandb:
-                log.wandb.finish()
-            sys.exit(128 + (stop.received or signal.SIGTERM))
-        if losses and cfg.sample_tokens:  # on all ranks, since each may have a part of the model
-            try:
-                text = sample_text(raw, data.tokenizer, cfg, device, amp)
-            except Exception as error:
-                text, start_flag = f'(no sample: {error})', []
-            progress.say(''.join(f'  | {line}\n' for line in text.split('\n')))
-        if losses:
-            evaluation_seconds = time.perf_counter() - began
-            since += evaluation_seconds  # which doesn't count as training time
-        row = {'iteration': it, 'tokens': tokens, 'epochs': tokens / epoch_tokens,
-               'train_eval_loss': losses.get('train'), 'val_loss': losses.get('val')}
-        if last:
-            break
-
-        # ---- TRAINING: all that moves the weights is from here ...
-        seed = np.random.SeedSequence((cfg.seed, it, ranks.rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(seed[0]))  # for dropout: as before if resumed, another on each rank
-        rate = learning_rate(cfg, it)
-        muon_rate = cfg.muon_lr * rate / (cfg.learning_rate or 1)  # not 0 / 0
-        for optimizer, its_rate in zip(optimizers, (rate, muon_rate)):
-            for group in optimizer.param_groups:
-                group['lr'] = its_rate
-        mean_loss = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            runtime.sync_gradients(model, micro_step == micro_steps - 1)
-            with amp:
-                _, loss = model(x, y, loss_only=True)
-            scaler.scale(loss / micro_steps).backward()  # the ranks' gradients are averaged
-            x, y = next(batches)  # read while the GPU is at work
-            mean_loss += loss.detach() / cfg.gradient_accumulation_steps
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        # A rare long gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
-        loss, norm = ranks.sum(mean_loss).item(), runtime.gathered(norm).item()
-        is_finite = math.isfinite(loss + norm)
-        if is_finite:  # one bad batch must not spoil the weights
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-        scaler.update()
-        raw.zero_grad()
-        # ---- ... to here
-
-        bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
-        skipped += not is_finite
-        if bad_in_a_row == 10:
-            raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. {REMEDIES}')
-        updates, tokens = updates + 1, tokens + update_tokens
-        seconds = (time.perf_counter() - since) / updates
-        speed = update_tokens / seconds
-        mfu = speed * flops_per_token / peak_flops if peak_flops else None
-        status = f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms'
-        if it - start >= 5:  # the first updates take longer than those to come
-            to_come = (cfg.max_iters - 1) // cfg.eval_interval - it // cfg.eval_interval + 1
-            left = seconds * (cfg.max_iters - it - 1) + evaluation_seconds * to_come
-            status += f', {clock(left)} left'
-            if it - start == 5 and left > 1800 and device.type == 'cpu':
-                progress.say(f'this will take about {clock(left)} here; made for a CPU are '
-                             'config/train_wizard_char.py and train_shakespeare_char_cpu.py')
-        status += f', {speed:,.0f} tok/s, epoch {row["epochs"]:.2f}'
-        status += f', mfu {mfu:.1%}' if mfu else ''
-        if progress.live:
-            progress.show((it + 1) / cfg.max_iters, status)
-        elif it % cfg.log_interval == 0:
-            progress.say(status)
-        if it % cfg.log_interval == 0 or losses:
-            log.write(row | {
-                'train_loss': loss, 'learning_rate': rate, 'grad_norm': norm, 'skipped': skipped,
-                'tokens_per_s': round(speed), 'mfu': mfu and round(mfu, 4),
-            })
-            since, updates = time.perf_counter(), 0
-
-    log.write(row)
-    script = os.path.join(os.path.dirname(sys.argv[0]), 'sample.py')
-    command = [sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}', *start_flag]
-    took = clock(time.perf_counter() - log.began)
-    progress.say(f'best val loss {best_val_loss:.4f} after {took}, weights in {cfg.out_dir}\n'
-                 f'now: {shlex.join(command)}')
+        data = Dataset(cfg.dataset, ranks)
+        with console.stop_signals(catch_signals, announce=writes) as stop:
+            best_val_loss = training_run(cfg, data, ranks, device, dtype, stop, progress)
+    if stop.received:  # only here, when all processes have left the group
+        sys.exit(128 + stop.received)  # as a shell reports a process that a signal ended
     return best_val_loss
 
 
+def set_up(cfg, data, ranks, device, dtype, progress):
+    """Make or load what a run consists of: (cfg, model, optimizers, scaler, run)."""
+    cfg, model, checkpoint = starting_point(cfg, data.tokenizer, ranks, device, progress)
+    optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, dtype)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group['lr_scale'] = group['lr'] / (cfg.learning_rate or 1)  # its own peak by the setting
+    # In float16 small gradients underflow, so the loss is scaled up during backward.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # The numbers that survive a restart: another one needs only to be added here.
+    run = dict(iter_num=0, best_val_loss=math.inf, measured_on=None, tokens=0, skipped=0,
+               seconds=0.0, wandb_id=None)
+    if checkpoint and not cfg.eval_only:
+        run |= restore(checkpoint, run, optimizers, scaler)
+    progress.print_line(
+        f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens; '
+        f'{cfg.model} of {model.num_params():,} parameters, {cfg.update_tokens:,} tokens an '
+        f'update; {device} in {str(dtype).removeprefix("torch.")}; results in '
+        f'{os.path.abspath(cfg.out_dir)}')
+    return cfg, model, optimizers, scaler, run
+
+
+def training_run(cfg, data, ranks, device, dtype, stop, progress):
+    """Look, learn and tell, in turn, until max_iters. Returns the best validation loss."""
+    cfg, raw, optimizers, scaler, run = set_up(cfg, data, ranks, device, dtype, progress)
+    # Matrix products are in `dtype`; operations that need more digits stay in float32.
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    measure = partial(evaluate, cfg=cfg, ranks=ranks, device=device, amp=amp, stop=stop,
+                      progress=progress)
+    if cfg.eval_only:
+        return print_losses(measure(raw, data.splits), data.tokenizer, progress)
+    measure_best_again(run, raw, cfg, data, measure, progress)
+    splits = {name: data.splits[name] for name in ('val', 'train')}
+    batches = training_batches(splits['train'], cfg, ranks, device, run['iter_num'])
+    model = runtime.wrap(raw, cfg, ranks, device, amp, splits['train'])
+    peak_speed = runtime.peak_speed(raw, cfg, ranks, device, dtype)
+    log = Log(cfg, run, ranks.is_main)
+    start, micro_steps = run['iter_num'], cfg.gradient_accumulation_steps // ranks.world_size
+    bad_in_a_row, saved, look_seconds, times = 0, None, 0.0, deque(maxlen=20)
+    began = time.perf_counter() - run['seconds']
+
+    for it in range(start, cfg.max_iters + 1):  # one more turn than updates: it evaluates the last
+        # --- look: evaluate, save, sample
+        before, losses, improved, is_last = time.perf_counter(), {}, False, it == cfg.max_iters
+        if it % cfg.eval_interval == 0 or is_last:
+            losses = measure(model, splits)
+        if losses:
+            # <=, not <: after a crash between two saves, the same loss must count as the best again
+            improved = it > 0 and losses['val'] <= run['best_val_loss']
+            if improved or (it == 0 and cfg.init_from != 'scratch'):  # fine-tuning must improve
+                run['best_val_loss'] = losses['val']
+            progress.print_line(f'step {it}: train loss {losses["train"]:.4f}, val loss '
+                                f'{losses["val"]:.4f}' + ' (the best so far)' * improved)
+        run |= {'iter_num': it, 'seconds': time.perf_counter() - began}
+        row = {'iteration': it, 'tokens': run['tokens'], 'seconds': round(run['seconds'], 3),
+               'epochs': run['tokens'] / splits['train'].tokens,
+               'train_eval_loss': losses.get('train'), 'val_loss': losses.get('val')}
+        if is_last:
+            log.write(row)  # before the checkpoint, so that no crash comes between
+        stopping = ranks.any(stop.received)
+        is_kept = cfg.keep_interval and it % cfg.keep_interval == 0
+        is_due = stopping or is_kept or (losses and cfg.always_save_checkpoint)
+        if improved or (is_due and it > start):
+            saved = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
+                             improved, is_kept, is_evaluated=bool(losses))
+            ranks.wait()  # rank 0 is still writing; torchrun would end it if the others left
+        if losses and cfg.sample_tokens:
+            progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
+        if losses:
+            look_seconds = time.perf_counter() - before
+        if is_last or stopping:
+            break
+
+        # --- learn: one update
+        seed = np.random.SeedSequence((cfg.seed, it, ranks.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))  # for dropout: the same if resumed, another on each rank
+        rate, before = learning_rate(cfg, it), time.perf_counter()
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group['lr'] = rate * group['lr_scale']
+        loss, norm, parts = update(model, batches, micro_steps, optimizers, scaler, amp, ranks,
+                                   cfg.grad_clip)
+
+        # --- tell: progress line, log
+        times.append(time.perf_counter() - before)
+        seconds = median(times)
+        speed, is_finite = cfg.update_tokens / seconds, math.isfinite(loss + norm)
+        mfu = round(speed / peak_speed, 4) if peak_speed else None
+        left = (seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1)
+        line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {hms(left)} left, '
+                f'{speed:,.0f} tok/s, epoch {row["epochs"]:.2f}')
+        line += f', mfu {mfu:.1%}' if mfu else ''
+        if progress.live:
+            progress.show((it + 1) / cfg.max_iters, line)
+        elif it % cfg.log_interval == 0:
+            progress.print_line(line)
+        run['tokens'] += cfg.update_tokens
+        run['skipped'] += not is_finite
+        if it % cfg.log_interval == 0 or losses:
+            log.write(row | {'train_loss': loss, **parts, 'learning_rate': rate, 'grad_norm': norm,
+                             'skipped': run['skipped'], 'tokens_per_s': round(speed), 'mfu': mfu})
+        if losses:
+            plot_loss.draw_run(log, progress)
+        bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
+        if bad_in_a_row == 10:
+            raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
+                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. {REMEDIES}')
+
+    log.close()
+    plot_loss.draw_run(log, progress, at_end=True)
+    if stopping:
+        stop.received = stop.received or signal.SIGTERM  # perhaps another process received it
+    print_end(cfg, run, saved, stopping, progress)
+    return run['best_val_loss']
+
+
+def print_end(cfg, run, saved, stopping, progress):
+    """Print where the results are, and what to type next."""
+    if stopping:
+        resume = '--init_from=resume'
+        if saved and not saved.endswith('ckpt.pt'):  # the run that was in out_dir before stays
+            resume += f':{saved} and another --out_dir'
+        progress.print_line(f'stopped at iteration {run["iter_num"]}; ' + (
+            f'{saved} is saved: to resume, add {resume}' if saved else 'nothing new to save'))
+        return
+    script = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'sample.py')
+    command = [sys.orig_argv[0], os.path.relpath(script), f'--out_dir={cfg.out_dir}']
+    progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}, '
+                        f'weights in {cfg.out_dir}\nnow: {shlex.join(command)}')
+
+
 def main(argv):
-    train(override(TrainConfig(), argv, usage=__doc__))
+    cfg = override(TrainConfig(), argv, usage=__doc__)
+    runtime.set_speed_options(cfg.shard)
+    train(cfg, catch_signals=True)
 
 
 if __name__ == '__main__':

@@ -137,7 +137,7 @@ def train_together(cfg, processes=2, exit_codes=None):
         os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank % 2),
                        'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
                        'MASTER_PORT': str(port)}
-        console.run(lambda argv: train.train(cfg) and None)  # errors are as a script shows them
+        console.run(lambda argv: train.train(cfg, catch_signals=True))  # errors are as a script shows them
 
     context, port = multiprocessing.get_context('fork'), free_port()
     ranks = [context.Process(target=work, args=(rank, port)) for rank in range(processes)]
@@ -147,6 +147,21 @@ def train_together(cfg, processes=2, exit_codes=None):
         rank.join(60)
         rank.kill()
     assert [rank.exitcode for rank in ranks] == (exit_codes or [0] * processes)
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """A list that grows with each checkpoint that is written: (path, its iteration)."""
+    import checkpoint
+
+    save, seen = torch.save, []
+
+    def watched(state, file):
+        seen.append((file.name.rsplit('.', 2)[0], state['iter_num']))
+        save(state, file)
+
+    monkeypatch.setattr(checkpoint.torch, 'save', watched)
+    return seen
 
 
 def validation_loss(model, cfg):

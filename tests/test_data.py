@@ -201,7 +201,8 @@ def test_the_story_that_ships_is_whole():
 
 
 ALONE = SimpleNamespace(
-    rank=0, local_rank=0, world_size=1, is_main=True, any=lambda flag: flag
+    rank=0, local_rank=0, world_size=1, is_main=True, any=lambda flag: flag,
+    agree=lambda name, value: None,
 )
 CPU = torch.device('cpu')
 

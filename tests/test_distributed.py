@@ -37,8 +37,10 @@ def test_many_processes_equal_one(tiny, capfd, processes):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(UserError, match='steps=3 .* 4 can, and batch_size=3 keeps the size'):
+    for name, value in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
+                           ('0', '0', '2', 'localhost', '1')):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='steps=3 must be a multiple of the 2 processes: try 4'):
         train.train(train.TrainConfig(**RUN | dict(gradient_accumulation_steps=3)))
 
 

@@ -10,11 +10,13 @@ from conftest import TINY, script, steps
 from test_tokenizer import TEXTS
 
 import export_hf
+import model
 import sample
 import train
 from checkpoint import load_checkpoint, load_model
 from console import UsageError, UserError
 from model import GPT, GPTConfig
+from pretrained import read_pretrained
 from tokenizer import CharTokenizer, GPT2Tokenizer, tokenizer_of
 from train import TrainConfig
 
@@ -45,7 +47,7 @@ def bpe():
 
 @torch.no_grad()
 def test_logits_equal_transformers(theirs):
-    ours = GPT.from_pretrained('hf').eval()
+    ours = read_pretrained('hf').eval()
     idx = torch.randint(50257, (2, 32))
     expected = theirs(idx, labels=idx)
     logits, _ = ours(idx, idx)
@@ -54,6 +56,20 @@ def test_logits_equal_transformers(theirs):
     _, loss = ours(idx[:, :-1], idx[:, 1:])
     assert abs(loss - expected.loss) < 1e-4
     assert ours.config.gelu == 'tanh' and ours.generate(idx[:, :3], 5).max() < 50257
+
+
+@torch.no_grad()
+def test_openais_weights_by_their_name(theirs, monkeypatch):
+    """Here with a smaller model under the name."""
+    torch.manual_seed(0)
+    small = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2))
+    monkeypatch.setitem(model.MODEL_SIZES, 'gpt2', (2, 2, 32))
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, 'from_pretrained', lambda name: small.eval())
+    idx = torch.randint(50257, (2, 32))
+    for ours in (GPT.from_pretrained('gpt2', dropout=0.1), read_pretrained('gpt2')):
+        ours.eval()
+        assert (ours(idx, idx)[0] - small(idx).logits).abs().max() < 1e-4
+        assert ours.config.block_size == 1024 and ours.config.vocab_size == 50257
 
 
 @pytest.mark.parametrize('change', [
@@ -66,22 +82,22 @@ def test_another_architecture_is_refused(theirs, change):
         config = json.load(file)
     with open('hf/config.json', 'w') as file:
         json.dump(config | change, file)
-    with pytest.raises((ValueError, OSError)):
-        GPT.from_pretrained('hf')
+    with pytest.raises(UserError):
+        read_pretrained('hf')
 
 
 def test_a_folder_that_lacks_weights_is_refused(theirs):
     weights, gone = theirs.state_dict(), 'transformer.h.1.mlp.c_fc.weight'
     del weights[gone]
     theirs.save_pretrained('hf', state_dict=weights)
-    with pytest.raises(ValueError, match=f'hf has no {gone}: get it again'):
-        GPT.from_pretrained('hf')
+    with pytest.raises(UserError, match=f'hf has no {gone}: get it again'):
+        read_pretrained('hf')
 
 
 def test_cut_weights_are_refused(theirs):
     os.truncate('hf/model.safetensors', 5000)
-    with pytest.raises(ValueError, match='the weights of hf are damaged or do not fit'):
-        GPT.from_pretrained('hf')
+    with pytest.raises(UserError, match='the weights of hf are damaged or do not fit'):
+        read_pretrained('hf')
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, monkeypatch):

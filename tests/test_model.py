@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+import runtime
 from model import (
-    GPT, MODEL_SIZES, Bigram, ChunkedLoss, GPTConfig, attention, sample_from, stream,
+    GPT, MODEL_SIZES, Bigram, BigramConfig, GPTConfig, KVCache, attention, sample_from, stream,
 )
 
 SMALL = dict(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=32)
@@ -20,6 +21,12 @@ def small_gpt(**changes):
         if p.dim() >= 2:
             p.data *= 10
     return model
+
+
+def make(cls, **changes):
+    shape = SMALL | changes
+    return cls(GPTConfig(**shape) if cls is GPT else BigramConfig(shape['block_size'],
+                                                                   shape['vocab_size']))
 
 
 def random_ids(*shape):
@@ -92,7 +99,7 @@ def test_compiled_as_one_graph_it_is_the_same(most_logits, monkeypatch):
 def test_cached_logits_equal_uncached(dtype, tolerance):
     model, idx = small_gpt(block_size=150).to(dtype), random_ids(3, 150)
     whole = logits_of(model, idx)
-    cache = model.new_cache(150)
+    cache = [KVCache(150) for _ in model.blocks]
     for start, end in pairwise([0, 7, 8, 9, 20, 63, 64, 65, 66, 128, 129, 150]):  # steps, chunks
         logits, _ = model(idx[:, start:end], cache=cache)
         assert logits.shape == (3, 1, 65)
@@ -140,7 +147,7 @@ def test_stream_yields_what_generate_returns():
 
 @pytest.mark.parametrize('cls', [GPT, Bigram])
 def test_padded_ids_are_never_sampled(cls):
-    model = cls(GPTConfig(**SMALL | dict(vocab_size=128)))
+    model = make(cls, vocab_size=128)
     assert model.generate(random_ids(8, 1), 200, temperature=5.0, vocab_size=65).max() < 65
     assert model.generate(random_ids(8, 1), 200, temperature=5.0).max() >= 65
 
@@ -170,7 +177,7 @@ def test_sampling_choices():
 @pytest.mark.parametrize('cls', [GPT, Bigram])
 def test_an_untrained_model_knows_nothing(cls):
     torch.manual_seed(0)
-    _, loss = cls(GPTConfig(**SMALL))(random_ids(16, 32), random_ids(16, 32).flip(1))
+    _, loss = make(cls)(random_ids(16, 32), random_ids(16, 32).flip(1))
     assert abs(loss.item() - math.log(65)) < 0.05
 
 
@@ -190,7 +197,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, counted):
     losses, gradients = [], []
     for size in (math.inf, 10):
         monkeypatch.setattr('model.MAX_LOGITS', size)
-        monkeypatch.setattr(ChunkedLoss.forward, '__defaults__', (size,))
+        monkeypatch.setattr('model.loss_in_chunks.__defaults__', (size,))
         model = small_gpt()
         logits, loss = model(idx, targets, loss_only=True)
         loss.backward()
@@ -247,7 +254,7 @@ def test_flops_per_token_of_gpt2():
     with torch.device('meta'):
         model = GPT(GPTConfig(vocab_size=50257))
     looked_up_or_norms = 1024 * 768 + 25 * 2 * 768
-    assert model.flops_per_token() == 6 * (124_439_808 - looked_up_or_norms) + 12 * 12 * 768 * 1024
+    assert runtime.flops_per_token(model, 1024) == 6 * (124_439_808 - looked_up_or_norms) + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize('wrong, words', [

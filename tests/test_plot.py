@@ -55,17 +55,15 @@ def texts(path):
 
 
 def test_a_log_is_read_as_it_was_written(folder):
-    make_run('out', [4, 3, 'nan', 1.75, None], {0: 4.125, 2: 'nan', 3: 1.75, 4: 1.5})
+    make_run('out', [4, 3, 'nan', 1.75, None], {0: 4.125, 2: 'nan', 3: 1.75})
     with open('out/log.csv', 'a') as file:
         file.write('5,5000,0.1')  # killed while it wrote
-    log = plot_loss.read_log('out')
-    nan = float('nan')
-    np.testing.assert_array_equal(log['iteration'], [0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(log['tokens'], [0, 1000, 2000, 3000, 4000])
-    np.testing.assert_array_equal(log['epochs'], [0, 0.05, 0.1, 0.15, 0.2])
-    np.testing.assert_array_equal(log['train_eval_loss'], [4, nan, nan, 1.75, nan])
-    np.testing.assert_array_equal(log['val_loss'], [4.125, nan, nan, 1.75, 1.5])
-    np.testing.assert_array_equal(log['learning_rate'], [RATE] * 4 + [nan])
+    run = plot_loss.read_evaluations('out')
+    np.testing.assert_array_equal(run['iteration'], [0, 2, 3])
+    np.testing.assert_array_equal(run['tokens'], [0, 2000, 3000])
+    np.testing.assert_array_equal(run['epochs'], [0, 0.1, 0.15])
+    np.testing.assert_array_equal(run['train_eval_loss'], [4, float('nan'), 1.75])
+    np.testing.assert_array_equal(run['val_loss'], [4.125, float('nan'), 1.75])
 
 
 BROKEN = {
@@ -73,10 +71,10 @@ BROKEN = {
     'no such folder': (['none'], 'none/log.csv .*No such file.*leave'),
     'a file': (['picture.txt'], 'picture.txt/log.csv .*Not a dir.*leave'),
     'a folder without a log': (['data'], 'data/log.csv .*No such file.*leave'),
-    'an empty log': (['empty'], 'empty/log.csv .it has no rows.: wait'),
-    'a log without rows': (['header'], 'header/log.csv .it has no rows.: wait'),
+    'an empty log': (['empty'], 'empty/log.csv .*no evaluations.: wait'),
+    'a log without rows': (['header'], 'header/log.csv .*no evaluations.: wait'),
     'no number': (['word'], "word/log.csv .*'many'.*leave"),
-    'another table': (['table'], "table/log.csv .*'iteration'.*leave"),
+    'another table': (['table'], "table/log.csv .*'val_loss'.*leave"),
     'no text': (['binary'], 'binary/log.csv .*decode.*leave'),
     'one of several': (['out', 'word'], 'cannot draw word/log.csv'),
     'another x': (['out', '--x=loss'], 'x=loss.*iteration, tokens, epochs, seconds'),
@@ -139,15 +137,14 @@ def test_training_draws_at_every_evaluation_once_something_is_saved(tiny, instal
 
     def record(folders, path):
         assert folders == ['out'] and path == os.path.join('out', 'loss.png')
-        log = plot_loss.read_log('out')
-        seen.append(log['iteration'][np.isfinite(log['val_loss'])].tolist())
+        seen.append(plot_loss.read_evaluations('out')['iteration'].tolist())
 
     monkeypatch.setattr(plot_loss, 'draw', record)
     train_tiny(max_iters=5, eval_interval=2, log_interval=3)
     assert seen == [[0, 2], [0, 2, 4], [0, 2, 4, 5]]  # nothing is saved at iteration 0
     seen.clear()
     train_tiny(max_iters=6, eval_interval=2, init_from='resume')
-    assert seen == [[0, 2, 4, 5], [0, 2, 4, 5, 6]]  # 5 is where it resumed
+    assert seen == [[0, 2, 4, 5, 6]]  # 5 is where it ended before
 
 
 def test_a_picture_that_fails_stops_nothing_and_is_told(tiny, installed, monkeypatch, capsys):
@@ -159,6 +156,15 @@ def test_a_picture_that_fails_stops_nothing_and_is_told(tiny, installed, monkeyp
     out = capsys.readouterr().out
     assert out.count('(no loss.png: no ink)') == out.count('no ink') == 2  # evaluations
     assert 'step 6:' in out
+
+
+def test_a_long_log_is_drawn_at_the_end_alone(tiny, installed, monkeypatch):
+    """Reading all of it again at each evaluation would be slow."""
+    drawn = []
+    monkeypatch.setattr(plot_loss, 'draw', lambda *_: drawn.append(os.path.getsize('out/log.csv')))
+    monkeypatch.setattr(plot_loss, 'LONG_LOG', 1000)
+    train_tiny(max_iters=12, eval_interval=2)
+    assert drawn[:2] == sorted(drawn[:2]) and drawn[-2] < 1000 < drawn[-1] and len(drawn) < 6
 
 
 # --- with matplotlib
@@ -175,13 +181,14 @@ def test_an_svg_says_what_it_shows(folder, matplotlib):
     found = texts('loss.svg')
     assert 'out, best 1.5000' in found
     assert 'with markers: validation, ★ at its best; thin: training' in found
-    assert {'iteration', 'learning rate', 'loss (nats per token)'} <= set(found)
+    assert {'iteration', 'loss (nats per token)'} <= set(found)
     assert sorted(os.listdir('.')) == ['loss.svg', 'out']
 
 
+@pytest.mark.filterwarnings('error')
 def test_several_runs_are_told_apart(folder, matplotlib):
     """Also those whose names are formulas, are hidden, or are the same in different folders."""
-    names = ['a', '_b', 'c$1$ & <d>', 'é'] + [f'lr-{i}' for i in range(12)]
+    names = ['a', '_b', 'c$1$ & <d>', 'é', '奥兹'] + [f'lr-{i}' for i in range(12)]
     for i, name in enumerate(names):
         small_run(name, best=1 + i / 100)
     for chosen in (names[:3], names):
@@ -206,7 +213,7 @@ def test_losses_that_are_not_finite_are_left_out(folder, matplotlib):
 def test_another_kind_of_picture_is_refused(folder, matplotlib):
     small_run()
     for out in ('loss.xyz', 'png'):
-        with pytest.raises(UserError, match='not supported .*png.*svg'):
+        with pytest.raises(UserError, match=f'out={out} must end in .png, .svg or .pdf'):
             plot_loss.main(['out', f'--out={out}'])
     assert os.listdir('.') == ['out']
 
@@ -214,8 +221,8 @@ def test_another_kind_of_picture_is_refused(folder, matplotlib):
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('losses, vals', [
     ([4.0], {0: 4.1}),  # the first picture of every run
-    ([4.0, 3.0], {}),
     (['nan', 'nan'], {0: 'nan'}),
+    ([1.0, -1.0], {0: 1.0, 1: -1.5}),  # of an edited loss
     ([None], {0: 4.0}),
     (list(np.linspace(11, 3, 5000)), {it: 11 - it / 700 for it in range(0, 5000, 10)}),
 ])

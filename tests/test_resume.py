@@ -59,7 +59,7 @@ def stop_at(monkeypatch, iteration, cfg, number=signal.SIGINT):
     with monkeypatch.context() as patch:
         patch.setattr(train, 'learning_rate', interrupted)
         with pytest.raises(SystemExit) as stopped:
-            train.train(cfg)
+            train.train(cfg, catch_signals=True)
     assert stopped.value.code == 128 + number
 
 
@@ -127,13 +127,12 @@ def test_a_finished_run_can_be_extended(tiny, capsys):
     capsys.readouterr()
     train.train(TrainConfig(**RUN | dict(init_from='resume', max_iters=16)))
     out = capsys.readouterr().out
-    assert re.search(r'resumed at iteration 12 of 16; the learning rate goes on from 0\.00[\d]+$',
-                     out, re.M)
+    assert 'resumed at iteration 12 of 16; changed since then: max_iters=16 (was 12)\n' in out
     assert [s[0] for s in steps(out)] == [12, 16]
     assert log_of('out')[12]['val_loss'] and log_of('out')[12]['train_loss']
     assert [int(row['iteration']) for row in log_of('out')] == list(range(17))
     train.train(TrainConfig(**RUN | dict(init_from='resume', max_iters=20, lr_decay_iters=16)))
-    assert 'the learning rate goes on from 6e-05\n' in capsys.readouterr().out
+    assert 'max_iters=20 (was 16), lr_decay_iters=16 (was None)\n' in capsys.readouterr().out
     before = load_checkpoint('out/ckpt.pt')
     train.train(TrainConfig(**RUN | dict(init_from='resume')))
     assert 'from the checkpoint: max_iters=20\n' in capsys.readouterr().out
@@ -226,8 +225,8 @@ def test_a_second_ctrl_c_exits_at_once(tiny):
     code = f'''
 import sys, time
 sys.path.insert(0, {ROOT!r})
-import runtime
-with runtime.stop_signal(speaks=True) as stop:
+import console
+with console.stop_signals(True, announce=True) as stop:
     print('ready', flush=True)
     while not stop.received:
         pass
@@ -241,19 +240,6 @@ with runtime.stop_signal(speaks=True) as stop:
     wait_for(process, 'asked')
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == -signal.SIGINT  # a shell makes it 128 + SIGINT as well
-
-
-def test_a_run_on_a_cpu_does_not_wait_for_the_import_of_torch_compile(tiny):
-    code = f'''
-import sys
-sys.path.insert(0, {ROOT!r})
-import train
-train.main({flags(**RUN | dict(max_iters=2))!r})
-train.main({flags(**RUN | dict(max_iters=3, init_from='resume'))!r})
-print('torch._dynamo' in sys.modules)
-'''
-    process = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
-    assert process.returncode == 0 and process.stdout.endswith('False\n')
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import train
 from checkpoint import load_model
 from console import UserError
 from model import GPT, GPTConfig
-from quantize import PackedLinear, ready
+from quantize import PackedLinear, prepare_for_sampling
 from tokenizer import GPT2Tokenizer
 
 
@@ -107,7 +107,7 @@ def test_packed_matrices_give_the_same_logits(T, nonlinearity):
         block.mlp.gelu = nonlinearity
         block.mlp.c_proj.weight.data *= 20  # so that it is seen in the logits
     model.to(torch.bfloat16)
-    packed = ready(copy.deepcopy(model), torch.device('cpu'), torch.bfloat16)
+    packed = prepare_for_sampling(copy.deepcopy(model), torch.device('cpu'), torch.bfloat16)
     if not any(isinstance(module, PackedLinear) for module in packed.modules()):
         pytest.skip('this processor has nothing to pack for')
     idx = torch.randint(65, (3, T))

@@ -172,7 +172,7 @@ def test_numbers_drawn_are_the_same_for_the_same_seed(folder):
     from model import GPT, GPTConfig
 
     config = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=1, n_embd=8)
-    ours, theirs = (runtime.build(GPT, config, None, torch.device('cpu'), False, 5)
+    ours, theirs = (runtime.new_model(GPT, config, None, torch.device('cpu'), False, 5)
                     for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 

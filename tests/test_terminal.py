@@ -155,7 +155,7 @@ def test_a_live_line_is_drawn_ten_times_a_second_at_most(progress, clock, capsys
     for n in range(1000):
         clock.now = 1 + n / 1000
         progress.show(n / 1000, f'part {n}')
-    progress.say('done')
+    progress.print_line('done')
     out = capsys.readouterr().out
     assert 9 <= len(live_lines(out)) <= 10 and screen(out) == ['done', '']
 
@@ -175,7 +175,7 @@ def test_a_silent_process_writes_nothing(clock, capsys):
     progress = Progress(enabled=False)
     clock.now = 11
     progress.show(0.5, 'reading')
-    progress.say('done')
+    progress.print_line('done')
     assert capsys.readouterr().out == ''
 
 
@@ -208,7 +208,7 @@ import console
 console.run(lambda argv: open('/dev/full', 'w').write('x' * 100_000))
 """)
     result = script(folder / 'fails.py')
-    assert result.returncode == 1 and result.stderr.startswith('error: [Errno 28] No space left')
+    assert result.returncode == 1 and result.stderr.startswith('error: cannot print (No space left')
     assert result.stderr.count('\n') == 1
 
 
