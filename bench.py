@@ -60,12 +60,14 @@ def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
     device, dtype = runtime.device_and_dtype(cfg)
     runtime.set_speed_options()
-    model = prepare_for_sampling(GPT(GPTConfig(**shape)), device, dtype, quantize)
+    model = GPT(GPTConfig(**shape))
+    amp = prepare_for_sampling(model, device, dtype, quantize)
     speeds = []
     for _ in range(6):
         idx = torch.randint(65, (samples, prompt), device=device)
         began = time.perf_counter()
-        model.generate(idx, new, top_k=200).cpu()
+        with amp:
+            model.generate(idx, new, top_k=200).cpu()
         speeds.append(max(prompt, samples * new) / (time.perf_counter() - began))
     return f'{np.median(speeds[1:]):,.0f} tok/s', ''
 

@@ -18,9 +18,9 @@ import runtime
 from console import (
     Progress, UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
 )
-from dataset import read_meta
 from llama import MODELS, class_and_config
 from model import Bigram
+from prepare_text import read_meta
 from pretrained import is_pretrained, read_pretrained
 from tokenizer import tokenizer_from, tokenizer_of
 

@@ -310,7 +310,7 @@ class Progress:
             discard_output()
         Progress.on_screen = not end
 
-    def show(self, fraction, text):
+    def show_progress(self, fraction, text):
         """Show `text` behind a bar, of which `fraction` is full, cut to the terminal's width."""
         if time.perf_counter() - self.shown < (0.1 if self.live else 10):
             return

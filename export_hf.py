@@ -19,7 +19,7 @@ import torch
 import console
 from checkpoint import load_model
 from configurator import override
-from console import UsageError, UserError
+from console import UsageError, UserError, user_errors
 from llama import Llama
 from model import GPT
 from pretrained import GELUS, NAMES, hugging_face_weights
@@ -55,8 +55,9 @@ def hugging_face_tokenizer(tokenizer):
     return Tokenizer.from_str(theirs.to_str())
 
 
+@torch.no_grad()
 def export(model, tokenizer, folder):
-    """Write the folder. Raises UserError for a model without such a form, ImportError."""
+    """Write the folder. Raises UserError for a model that transformers doesn't have."""
     c, eot = model.config, tokenizer.eot
     settings = {key: getattr(c, setting) for setting, key in NAMES.items() if hasattr(c, setting)}
     if isinstance(model, GPT):
@@ -67,19 +68,34 @@ def export(model, tokenizer, folder):
         kind = 'qwen3' if c.qk_norm else 'llama'
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    from safetensors import SafetensorError  # it comes with transformers
+    with user_errors(ImportError, 'transformers is missing', 'pip install transformers'):
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+        from safetensors import SafetensorError  # it comes with transformers
 
     settings['vocab_size'] = tokenizer.vocab_size  # without padding
     config = AutoConfig.for_model(kind, **settings, bos_token_id=eot, eos_token_id=eot)
-    theirs = AutoModelForCausalLM.from_config(config)
-    weights = theirs.state_dict()  # biases that our model doesn't have are zero there
-    for name, weight in hugging_face_weights(model).items():
-        weights[name].copy_(weight[: len(weights[name])])
-    try:
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    weights, ours = theirs.state_dict(), hugging_face_weights(model)
+    for name in ours.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
+                               'lm_head.weight'}:
+        ours[name] = ours[name][: tokenizer.vocab_size]
+    for name in weights.keys() - ours.keys():
+        if name.endswith('.bias') and not getattr(c, 'bias', True):
+            ours[name] = torch.zeros_like(weights[name])
+    shapes = [{name: weight.shape for name, weight in state.items()} for state in (ours, weights)]
+    wrong = {name for name, _ in shapes[0].items() ^ shapes[1].items()}
+    wrong |= vars(c).keys() - NAMES.keys() - {'dropout', 'bias', 'gelu', 'qk_norm'}
+    if wrong:
+        raise UserError(f'a {kind} has no counterpart to {shorten(", ".join(sorted(wrong)), 200)}: '
+                        'transformers cannot run this model')
+    theirs.load_state_dict(ours)
+    idx = torch.arange(min(c.block_size, tokenizer.vocab_size, 64))[None]
+    expected = model.eval()(idx, idx)[0][..., : tokenizer.vocab_size]
+    if not torch.allclose(theirs(idx).logits, expected, rtol=1e-2, atol=1e-2):
+        raise UserError(f'a {kind} computes something else from these weights than this model '
+                        'does: transformers cannot run it')
+    with user_errors(SafetensorError, f'cannot write {folder}', 'free some space'):
         theirs.save_pretrained(folder)
-    except SafetensorError as error:  # of a full disk, say; it is no OSError
-        raise UserError(f'cannot write weights ({shorten(str(error), 100)}): make room') from None
     fast = hugging_face_tokenizer(tokenizer)
     end = None if eot is None else fast.id_to_token(eot)
     PreTrainedTokenizerFast(

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+
 def check_sizes(config):
     """Raise ValueError for sizes that no model can have."""
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):

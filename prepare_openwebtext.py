@@ -281,7 +281,7 @@ def prepare(cfg):
                 share, seconds = done['share'], time.monotonic() - began
                 left = hms(seconds * (1 - share) / max(1e-9, share - start['share']))
                 speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
-                progress.show(share, f'{share:.1%}, {speed:.1f} MB/s, {left} left, '
+                progress.show_progress(share, f'{share:.1%}, {speed:.1f} MB/s, {left} left, '
                                      f'{done["documents"]:,} documents')
         except BrokenExecutor:
             raise UserError('a worker was killed, perhaps for lack of memory: the same command '

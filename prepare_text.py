@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import shlex
+import subprocess
 import sys
 import urllib.request
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from pathlib import Path
 import console
 from configurator import override
 from console import UsageError, UserError, atomic_file
-from tokenizer import CharTokenizer, tokenizer_of
+from tokenizer import CharTokenizer, tokenizer_from, tokenizer_of
 
 
 @dataclass
 class TextConfig:
     dataset: str = ''  # the name: files go to data/<name>
-    tokenizer: str = 'char'  # char: an id for each character; gpt2; a Hugging Face folder or name
+    tokenizer: str = 'char'  # char; gpt2; a Hugging Face folder or name; a dataset: data/NAME
     val_fraction: float = 0.1  # share of the text to validate on
     test_fraction: float = 0.0  # share at the very end, to look at once
 
@@ -57,6 +58,22 @@ def check_name(dataset):
     """Raise UsageError unless data/<dataset> is a folder in data/."""
     if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
         raise UsageError(f'dataset={dataset!r} must name a folder in data/: try --dataset=my_text')
+
+
+def read_meta(folder):
+    """The contents of meta.json. nanoGPT writes none for GPT-2 ids: a missing one means those."""
+    try:
+        meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
+        if not {'type', 'vocab_size'} <= meta['tokenizer'].keys():
+            raise ValueError('its tokenizer has no type or no vocab_size')
+        return meta
+    except FileNotFoundError:
+        if os.path.exists(f'{folder}/meta.pkl'):
+            raise UserError(f'{folder}/meta.pkl is a pickle, which could run code, and is not '
+                            'read: prepare the dataset with prepare_text.py') from None
+        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f'{folder}/meta.json is broken ({error}): prepare it again') from None
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens):
@@ -90,7 +107,12 @@ def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0
         parts['test'] = text[test_start:]
     if min(map(len, parts.values())) < 2:
         raise UserError(f'{len(text)} characters are too few for {", ".join(parts)}: take more')
-    encoder = CharTokenizer(text) if tokenizer == 'char' else tokenizer_of(tokenizer)
+    if tokenizer == 'char':
+        encoder = CharTokenizer(text)
+    elif os.path.exists(f'{tokenizer}/meta.json'):  # another dataset's
+        encoder = tokenizer_from(read_meta(tokenizer)['tokenizer'])
+    else:
+        encoder = tokenizer_of(tokenizer)
     if encoder.vocab_size > 65536:
         raise UserError(f'the {encoder.vocab_size:,} ids of the tokenizer {tokenizer} are more '
                         'than 65,536, which 16 bits can hold: use --tokenizer=gpt2')
@@ -130,6 +152,30 @@ def fetch(dataset, url, looks_right):
         with atomic_file(path) as file:
             file.write(data)
     return path
+
+
+# Commands that make these datasets if they are missing.
+PREPARE = {
+    'wizard_char': 'prepare_wizard_char.py',
+    'shakespeare_char': 'prepare_shakespeare_char.py',
+    'shakespeare': 'prepare_shakespeare_char.py --dataset=shakespeare --tokenizer=gpt2',
+}
+
+
+def make_dataset(name, folder):
+    """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
+    if name not in PREPARE:
+        found = (path.parent.name for path in Path('data').glob('*/train.bin'))
+        raise UserError(f'the dataset {folder} is missing: choose one of '
+                        f'{", ".join(sorted({*PREPARE, *found}))}, or make it with python '
+                        f'prepare_text.py your.txt --dataset={name} (for openwebtext, which is '
+                        '12 GB, with prepare_openwebtext.py)')
+    with console.locked('data', wait=True):  # another process may be making it right now
+        if os.path.exists(os.path.join(folder, 'train.bin')):
+            return
+        script, *args = PREPARE[name].split()
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
+            raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')
 
 
 def main(argv):

@@ -74,14 +74,15 @@ def set_speed_options(shard=False):
 def is_out_of_memory(error):
     """Whether an exception of torch's or numpy's means that memory could not be had."""
     signs = ('out of memory', "can't allocate memory", 'not enough memory: you tried',
-             'CUBLAS_STATUS_ALLOC_FAILED')
+             'CUBLAS_STATUS_ALLOC_FAILED', 'array is too big')
     is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_one or any(sign in str(error) for sign in signs)
 
 
 def out_of_memory(remedy):
     """Context manager: report a lack of memory as a UserError that ends with `remedy`."""
-    return user_errors((RuntimeError, MemoryError), 'not enough memory', remedy, is_out_of_memory)
+    return user_errors((RuntimeError, MemoryError, ValueError), 'not enough memory', remedy,
+                       is_out_of_memory)
 
 
 # Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets. MFU is the fraction in use.
@@ -359,15 +360,14 @@ def fitting_state(optimizer, saved):
         if isinstance(optimizer, torch.optim.AdamW) and 'step' not in values:
             raise ValueError('a weight has no count of steps')
         for name, value in values.items():
-            is_like_p = value.shape == p.shape
-            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and not is_like_p:
-                raise ValueError(f'{name} has the shape {tuple(value.shape)} for a weight of '
-                                 f'{tuple(p.shape)}')
-            if is_like_p and hasattr(p, 'full_tensor'):
+            shape = getattr(value, 'shape', None)
+            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and shape != p.shape:
+                raise ValueError(f'{name} of shape {shape} belongs to a weight of {p.shape}')
+            if shape == p.shape and hasattr(p, 'full_tensor'):
                 from torch.distributed.tensor import distribute_tensor
 
                 state[number][name] = distribute_tensor(
                     value.to(p.device), p.device_mesh, p.placements)
-            elif is_like_p:
+            elif shape == p.shape:
                 state[number][name] = value.contiguous()  # as fused optimizers assume
     return {'state': state, 'param_groups': groups}

@@ -15,12 +15,12 @@ import torch
 import console
 import runtime
 from checkpoint import load_model
-from configurator import override
+from configurator import check, override
 from console import UsageError
 from model import sample_from, stream
 from prepare_text import read_text
 from quantize import prepare_for_sampling
-from tokenizer import prompt_ids
+from tokenizer import TextStream, prompt_ids
 
 
 @dataclass
@@ -43,9 +43,7 @@ class SampleConfig:
 
     def __post_init__(self):
         """Refuse impossible values before anything slow. Raises UsageError."""
-        for name in ('num_samples', 'max_new_tokens'):
-            if getattr(self, name) < 1:
-                raise UsageError(f'{name} is {getattr(self, name)}: it must be at least 1')
+        check(self, at_least_1='num_samples max_new_tokens', quantize=['', 'int8'])
         try:
             sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
         except ValueError as error:
@@ -62,39 +60,12 @@ def read_prompt(start):
     return start.replace('\\n', '\n')  # a shell passes \n as two characters
 
 
-class Text:
-    """One text that grows token by token, up to the stop string if there is one."""
-
-    def __init__(self, prompt, ids, decode, stop):
-        self.text, self.start, self.shown, self.done = prompt, len(prompt), 0, False
-        self.decode, self.stop = decode, stop
-        self.last, self.waiting = ids, []  # the ids that `text` ends with, and those not in it yet
-
-    def add(self, token):
-        """Take one more id; return what can be shown since the last call."""
-        if self.done:
-            return ''
-        # A token may lose its space at the beginning of a text, so the last ones come before it.
-        self.waiting.append(token)
-        new = self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
-        if new.endswith('\ufffd'):  # a part of a character: its rest is to come
-            return ''
-        self.text, self.last, self.waiting = self.text + new, self.waiting, []
-        end = len(self.text) - len(self.stop) + 1  # what follows may begin the stop string
-        if self.stop and self.stop in self.text[self.start :]:
-            end, self.done = self.text.index(self.stop, self.start), True
-            self.text = self.text[:end]
-        new = self.text[self.shown : max(end, self.start)]
-        self.shown += len(new)
-        return new
-
-
 def print_samples(cfg, prompt):
     """Print `num_samples` texts that go on from `prompt`."""
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile)
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
     ids = prompt_ids(tokenizer, prompt)
@@ -104,13 +75,14 @@ def print_samples(cfg, prompt):
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     stop = cfg.stop.replace('\\n', '\n')
-    texts = [Text(prompt, ids, tokenizer.decode, stop) for _ in range(cfg.num_samples)]
-    for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                         generator, tokenizer.vocab_size):
-        new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
-        print(new[0], end='', flush=True)
-        if all(text.done for text in texts):
-            break
+    texts = [TextStream(prompt, ids, tokenizer.decode, stop) for _ in range(cfg.num_samples)]
+    with amp:
+        for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                             generator, tokenizer.vocab_size):
+            new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
+            print(new[0], end='', flush=True)
+            if all(text.done for text in texts):
+                break
     print(texts[0].text[texts[0].shown :])
     for text in texts[1:]:
         print(f'---------------\n{text.text}')

@@ -50,17 +50,20 @@ class GPT2Tokenizer:
     """GPT-2's byte-level BPE, by tiktoken: 256 bytes, 50,000 merges and the end-of-text token."""
 
     vocab_size, eot = 50257, 50256  # eot is <|endoftext|>
+    failure = ''
 
     @cached_property
     def bpe(self):
         """tiktoken's encoding, loaded when it is first needed: training takes ids alone."""
         import tiktoken
 
-        try:
-            return tiktoken.get_encoding('gpt2')
-        except Exception as error:
-            raise UserError(f'tiktoken cannot get the GPT-2 vocabulary ({type(error).__name__}): '
-                            'connect once, or set TIKTOKEN_CACHE_DIR to its folder') from None
+        if not self.failure:  # not again at each evaluation: it may take a minute to fail
+            try:
+                return tiktoken.get_encoding('gpt2')
+            except Exception as error:
+                self.failure = type(error).__name__
+        raise UserError(f'tiktoken cannot get the GPT-2 vocabulary ({self.failure}): connect once, '
+                        'or set TIKTOKEN_CACHE_DIR to its folder')
 
     def encode(self, text):
         """Exactly tiktoken's ids; <|endoftext|> in the text is plain text."""
@@ -162,3 +165,30 @@ def prompt_ids(tokenizer, text):
     if not ids and tokenizer.eot is None:
         raise UsageError('the prompt is empty: give at least one character, as in --start=TEXT')
     return ids or [tokenizer.eot]
+
+
+class TextStream:
+    """One text that grows token by token, up to the stop string if there is one."""
+
+    def __init__(self, prompt, ids, decode, stop):
+        self.text, self.start, self.shown, self.done = prompt, len(prompt), 0, False
+        self.decode, self.stop = decode, stop
+        self.last, self.waiting = ids, []  # the ids that `text` ends with, and those not in it yet
+
+    def add(self, token):
+        """Take one more id; return what can be shown since the last call."""
+        if self.done:
+            return ''
+        # A token may lose its space at the beginning of a text, so the last ones come before it.
+        self.waiting.append(token)
+        new = self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
+        if new.endswith('\ufffd'):  # a part of a character: its rest is to come
+            return ''
+        self.text, self.last, self.waiting = self.text + new, self.waiting, []
+        end = len(self.text) - len(self.stop) + 1  # what follows may begin the stop string
+        if self.stop and self.stop in self.text[self.start :]:
+            end, self.done = self.text.index(self.stop, self.start), True
+            self.text = self.text[:end]
+        new = self.text[self.shown : max(end, self.start)]
+        self.shown += len(new)
+        return new

@@ -27,7 +27,7 @@ import console
 import plot_loss
 import runtime
 from checkpoint import load_checkpoint, restore, save_run, starting_point
-from configurator import override
+from configurator import check, override
 from console import Log, Progress, UsageError, UserError, hms
 from dataset import Dataset, evaluation_batches, training_batches
 from llama import MODELS
@@ -103,18 +103,10 @@ class TrainConfig:
 
     def __post_init__(self):
         """Fill in the sizes, and refuse impossible values before anything slow. UsageError."""
-        counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
-                  'block_size', 'max_iters', 'muon_steps', 'n_kv_head')
-        choices = dict(model=MODELS, model_size=MODEL_SIZES, optimizer=OPTIMIZERS,
-                       schedule=SCHEDULES, backend=['auto', 'nccl', 'gloo'])
-        for name, value in vars(self).items():
-            if name in choices and value not in choices[name]:
-                raise UsageError(f'{name}={value!r} must be one of {[*choices[name]]}')
-            least = 1 if name in counts else 0
-            if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
-                raise UsageError(f'{name} is {value}: it must be at least {least}')
-            if name in ('beta1', 'beta2', 'muon_momentum') and value >= 1:
-                raise UsageError(f'{name} is {value}: it must be below 1')
+        check(self, at_least_1='eval_interval log_interval gradient_accumulation_steps batch_size '
+              'block_size max_iters muon_steps n_kv_head', below_1='beta1 beta2 muon_momentum',
+              model=MODELS, model_size=MODEL_SIZES, optimizer=OPTIMIZERS, schedule=SCHEDULES,
+              backend=['auto', 'nccl', 'gloo'])
         for name, size in zip(('n_layer', 'n_head', 'n_embd'), MODEL_SIZES[self.model_size]):
             if getattr(self, name) is None:
                 setattr(self, name, size)
@@ -192,13 +184,13 @@ def training_loss(model, x, y):
     return loss, {}
 
 
-def update(model, batches, micro_steps, optimizers, scaler, amp, ranks, grad_clip):
+def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     """One update of the weights: forward, backward, clip, step.
 
-    batches: an iterator of (x, y); the next `micro_steps` are this rank's part of the update.
-    Returns the loss, the norm of the gradient, and the named parts of the loss, as floats.
+    batches: an iterator of this rank's (x, y). Returns the loss, the norm of the gradient, and the
+    named parts of the loss, as floats.
     """
-    figures = defaultdict(float)
+    figures, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
         x, y = next(batches)
         runtime.sync_gradients(model, micro_step == micro_steps - 1)  # once is enough
@@ -210,7 +202,7 @@ def update(model, batches, micro_steps, optimizers, scaler, amp, ranks, grad_cli
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     figures['norm'] = runtime.gather(norm)  # the same on all ranks
     means = ranks.sum(torch.stack([*figures.values()])) / ranks.world_size
     figures = dict(zip(figures, means.tolist()))  # here the host waits for the GPU
@@ -236,7 +228,7 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
         for x, y, done in evaluation_batches(split, cfg, ranks, device):
             if ranks.any(stop.received):
                 return {}
-            progress.show(done, f'evaluating {name}: {done:.0%}')
+            progress.show_progress(done, f'evaluating {name}: {done:.0%}')
             with amp:
                 _, loss = model(x, y, loss_only=True)
             counted = (y != -1).sum().item()
@@ -356,11 +348,10 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     model = runtime.wrap(raw, cfg, ranks, device, amp, splits['train'])
     peak_speed = runtime.peak_speed(raw, cfg, ranks, device, dtype)
     log = Log(cfg, run, ranks.is_main)
-    start, micro_steps = run['iter_num'], cfg.gradient_accumulation_steps // ranks.world_size
-    bad_in_a_row, saved, look_seconds, times = 0, None, 0.0, deque(maxlen=20)
+    bad_in_a_row, saved, look_seconds, times = 0, None, 0.0, deque(maxlen=20)  # of updates
     began = time.perf_counter() - run['seconds']
 
-    for it in range(start, cfg.max_iters + 1):  # one more turn than updates: it evaluates the last
+    for it in range(run['iter_num'], cfg.max_iters + 1):  # one more turn than updates, to look
         # --- look: evaluate, save, sample
         before, losses, improved, is_last = time.perf_counter(), {}, False, it == cfg.max_iters
         if it % cfg.eval_interval == 0 or is_last:
@@ -380,14 +371,13 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             log.write(row)  # before the checkpoint, so that no crash comes between
         stopping = ranks.any(stop.received)
         is_kept = cfg.keep_interval and it % cfg.keep_interval == 0
-        is_due = stopping or is_kept or (losses and cfg.always_save_checkpoint)
-        if improved or (is_due and it > start):
+        if improved or (times and (stopping or is_kept or losses and cfg.always_save_checkpoint)):
             saved = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
                              improved, is_kept, is_evaluated=bool(losses))
             ranks.wait()  # rank 0 is still writing; torchrun would end it if the others left
-        if losses and cfg.sample_tokens:
-            progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
         if losses:
+            if cfg.sample_tokens:
+                progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
             look_seconds = time.perf_counter() - before
         if is_last or stopping:
             break
@@ -398,20 +388,19 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         rate, before = learning_rate(cfg, it), time.perf_counter()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = rate * group['lr_scale']
-        loss, norm, parts = update(model, batches, micro_steps, optimizers, scaler, amp, ranks,
-                                   cfg.grad_clip)
+        loss, norm, parts = update(model, batches, cfg, optimizers, scaler, amp, ranks)
 
         # --- tell: progress line, log
         times.append(time.perf_counter() - before)
         seconds = median(times)
         speed, is_finite = cfg.update_tokens / seconds, math.isfinite(loss + norm)
         mfu = round(speed / peak_speed, 4) if peak_speed else None
-        left = (seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1)
-        line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {hms(left)} left, '
+        left = hms((seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1))
+        line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {left} left, '
                 f'{speed:,.0f} tok/s, epoch {row["epochs"]:.2f}')
         line += f', mfu {mfu:.1%}' if mfu else ''
         if progress.live:
-            progress.show((it + 1) / cfg.max_iters, line)
+            progress.show_progress((it + 1) / cfg.max_iters, line)
         elif it % cfg.log_interval == 0:
             progress.print_line(line)
         run['tokens'] += cfg.update_tokens
@@ -437,16 +426,16 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
 def print_end(cfg, run, saved, stopping, progress):
     """Print where the results are, and what to type next."""
     if stopping:
-        resume = '--init_from=resume'
-        if saved and not saved.endswith('ckpt.pt'):  # the run that was in out_dir before stays
-            resume += f':{saved} and another --out_dir'
-        progress.print_line(f'stopped at iteration {run["iter_num"]}; ' + (
-            f'{saved} is saved: to resume, add {resume}' if saved else 'nothing new to save'))
-        return
-    script = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'sample.py')
-    command = [sys.orig_argv[0], os.path.relpath(script), f'--out_dir={cfg.out_dir}']
-    progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}, '
-                        f'weights in {cfg.out_dir}\nnow: {shlex.join(command)}')
+        # A run that was in out_dir before may have kept its ckpt.pt.
+        path = '' if saved and saved.endswith('ckpt.pt') else f':{saved} and another --out_dir'
+        saved = f'{saved} is saved: to resume, add --init_from=resume{path}' if saved else (
+            'nothing new to save')
+        progress.print_line(f'stopped at iteration {run["iter_num"]}; {saved}')
+    else:
+        script = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'sample.py')
+        command = [sys.orig_argv[0], os.path.relpath(script), f'--out_dir={cfg.out_dir}']
+        progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'
+                            f', weights in {cfg.out_dir}\nnow: {shlex.join(command)}')
 
 
 def main(argv):

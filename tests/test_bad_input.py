@@ -85,7 +85,7 @@ def another_checkpoint(**changes):
 
 def preparing(command):
     """The script that makes the dataset wizard_char; undone by the fixture."""
-    return lambda: dataset.PREPARE.update(wizard_char=command)
+    return lambda: prepare_text.PREPARE.update(wizard_char=command)
 
 
 def many_characters():
@@ -237,7 +237,7 @@ TABLE = {
     'empty prompt': ([*SAMPLE, '--start='], ['prompt is empty', '--start'], trained()),
     'no prompt file': ([*SAMPLE, '--start=FILE:none.txt'], ['none.txt'], trained()),
     'negative temperature': ([*SAMPLE, '--temperature=-1'],
-                             ['temperature is -1.0', 'or above'], trained()),
+                             ['temperature is -1.0', 'at least 0'], trained()),
     'top_p of zero': ([*SAMPLE, '--top_p=0'], ['top_p is 0.0', 'at most 1'], trained()),
     'top_p above one': ([*SAMPLE, '--top_p=1.1'], ['top_p is 1.1', 'at most 1'], trained()),
     'top_k of zero': ([*SAMPLE, '--top_k=0'], ['top_k is 0', 'at least 1'], trained()),
@@ -284,7 +284,7 @@ TABLE = {
 def place(tiny, monkeypatch):
     """The folder with the dataset `tiny`, and whatever a row changes undone afterwards."""
     modules, variables = dict(sys.modules), dict(os.environ)
-    monkeypatch.setattr(dataset, 'PREPARE', dict(dataset.PREPARE))
+    monkeypatch.setattr(prepare_text, 'PREPARE', dict(prepare_text.PREPARE))
     yield tiny
     sys.modules.update(modules)
     for name in set(sys.modules) - set(modules):

@@ -271,7 +271,7 @@ def test_a_missing_dataset_names_its_script(folder):
 
 
 def test_a_missing_dataset_is_made_by_its_script(folder, monkeypatch, capfd):
-    monkeypatch.setattr('dataset.PREPARE', {'mine': f'prepare_text.py {STORY} --dataset=mine'})
+    monkeypatch.setattr('prepare_text.PREPARE', {'mine': f'prepare_text.py {STORY} --dataset=mine'})
     dataset = Dataset('mine', ALONE)
     assert dataset.splits['train'].tokens > 100_000 and dataset.source == 'oz_retold.txt'
     assert os.path.exists(os.path.join(ROOT, 'prepare_text.py'))

@@ -957,7 +957,7 @@ def test_tokens_are_counted_when_the_batch_changes(tiny):
 
 
 def test_ctrl_c_while_a_dataset_is_made_ends_quietly(tiny, monkeypatch, capfd):
-    monkeypatch.setattr(dataset.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(prepare_text.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(dataset='wizard_char')
     assert capfd.readouterr().out == ''

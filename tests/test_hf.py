@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, monkeypatch):
 
     train.train(TrainConfig(**TINY | dict(max_iters=1)))
     monkeypatch.setattr(transformers.PreTrainedModel, 'save_pretrained', full)
-    with pytest.raises(UserError, match='No space left on device.: make room'):
+    with pytest.raises(UserError, match='No space left on device.: free some space'):
         export_hf.main(['--to=a/b'])
     assert not os.listdir('a')
 

@@ -549,7 +549,7 @@ def test_without_curl_it_says_so(bpe, folder, monkeypatch):
 
 
 def test_progress_where_there_is_no_terminal(bpe, folder, monkeypatch, capsys):
-    monkeypatch.setattr(owt.console.Progress, 'show', lambda self, fraction, text: self.print_line(text))
+    monkeypatch.setattr(owt.console.Progress, 'show_progress', lambda self, fraction, text: self.print_line(text))
     documents = make_documents()
     inner(documents)
     prepare('--input=in')

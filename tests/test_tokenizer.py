@@ -10,7 +10,7 @@ import pytest
 
 from console import UsageError, UserError
 from export_hf import hugging_face_tokenizer
-from sample import Text
+from tokenizer import TextStream
 from tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -35,7 +35,7 @@ def gpt2():
 
 def stream(tokenizer, ids, prompt=()):
     """What sample.py shows after each of `ids`."""
-    text = Text('', list(prompt), tokenizer.decode, '')
+    text = TextStream('', list(prompt), tokenizer.decode, '')
     for i in ids:
         yield text.add(int(i))
 
