@@ -43,7 +43,7 @@ class BenchConfig:
 def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
     """tokens/s and MFU as log.csv has them, after the first rows."""
     os.chdir(tempfile.mkdtemp(dir='.'))  # where no other rank prepares the dataset
-    prepare_text.prepare(prepare_text.read_text([RETOLD]), 'story', tokenizer)
+    prepare_text.prepare(prepare_text.read_text(RETOLD), 'story', tokenizer)
     train(TrainConfig(
         **settings, batch_size=cfg.batch_size or batch_size, dataset='story', out_dir='../out',
         device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates,
@@ -74,7 +74,7 @@ def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):
 
 def bench_preparing(cfg, tokenizer, copies):
     """MB of UTF-8 text that become .bin files in a second."""
-    text = prepare_text.read_text([RETOLD]) * copies
+    text = prepare_text.read_text(RETOLD) * copies
     began = time.perf_counter()
     prepare_text.prepare(text, 'story', tokenizer)
     return f'{len(text.encode()) / 1e6 / (time.perf_counter() - began):,.1f} MB/s', ''

@@ -29,9 +29,10 @@ def override(config, argv, usage=''):
     """Return a copy of the dataclass `config` with the files and flags of `argv` applied.
 
     A flag is --key=value; a bare --flag means true. Dashes in a flag's name count as underscores.
-    A field's metadata may say which others it `resets` to None. `--help` prints `usage` and every
-    setting with its default and reason, and exits. Raises UsageError for a broken file, an unknown
-    name or a value of the wrong type.
+    A text of \\n alone, once or more, means line breaks; elsewhere a backslash is one. A field's
+    metadata may say which others it `resets` to None. `--help` prints `usage` and every setting
+    with its default and reason, and exits. Raises UsageError for a broken file, an unknown name or
+    a value of the wrong type.
     """
     if '--help' in argv or '-h' in argv:
         print(f'{(usage or "").strip()}\n\n{describe(config)}')  # python -OO has no docstrings
@@ -52,6 +53,8 @@ def override(config, argv, usage=''):
                 raise UsageError(f'{flag} needs a value: write {flag}=VALUE, with no space')
             if is_flag and str not in allowed:
                 value = parsed(text if equals else 'true')
+            elif is_flag and not text.replace('\\n', ''):  # a shell passes \n as two characters
+                value = text.replace('\\n', '\n')
             values |= dict.fromkeys(known[name].metadata.get('resets', ()))
             values[name] = checked(value, allowed, f'{arg}: {name}={shorten(repr(value), 80)}')
     return replace(config, **values)

@@ -145,7 +145,7 @@ def locked(folder, wait=False):
                 raise UserError(f'another process is writing into {folder}: wait for it, or '
                                 'choose another folder') from None
             for leftover in Path(folder).glob(f'*.{"[0-9a-f]" * 8}.tmp'):  # of a killed process
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
         if handle is not None:

@@ -10,8 +10,10 @@ runs these from such folders runs this one: transformers and its server, vLLM an
 
 import json
 import os
-import tempfile
+import secrets
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 
 import torch
@@ -42,7 +44,8 @@ def hugging_face_tokenizer(tokenizer):
         return Tokenizer.from_str(tokenizer.json)
     if isinstance(tokenizer, CharTokenizer):
         # The token for unknown characters is itself unknown, so they are an error there as here.
-        theirs = Tokenizer(models.WordLevel(tokenizer.ids, unk_token='<unknown>'))
+        theirs = Tokenizer(models.WordLevel(
+            {char: i for i, char in enumerate(tokenizer.chars)}, unk_token='<unknown>'))
         theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         theirs.decoder = decoders.Fuse()
         return theirs
@@ -69,16 +72,28 @@ def export(model, tokenizer, folder):
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
     with user_errors(ImportError, 'transformers is missing', 'pip install transformers'):
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
         from safetensors import SafetensorError  # it comes with transformers
 
-    settings['vocab_size'] = tokenizer.vocab_size  # without padding
-    config = AutoConfig.for_model(kind, **settings, bos_token_id=eot, eos_token_id=eot)
-    theirs = AutoModelForCausalLM.from_config(config).eval()
+    fast = hugging_face_tokenizer(tokenizer)
+    end = None if eot is None else fast.id_to_token(eot)
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: as they came
+    for name, text in files.items():
+        Path(folder, name).write_text(text, 'utf-8')
+    special = AutoTokenizer.from_pretrained(folder)
+    settings |= {f'{name}_token_id': getattr(special, f'{name}_token_id')
+                 for name in ('bos', 'eos', 'pad')}
+    settings['vocab_size'] = min(len(special), c.vocab_size)  # without padding
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
     weights, ours = theirs.state_dict(), hugging_face_weights(model)
     for name in ours.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
                                'lm_head.weight'}:
-        ours[name] = ours[name][: tokenizer.vocab_size]
+        ours[name] = ours[name][: settings['vocab_size']]
     for name in weights.keys() - ours.keys():
         if name.endswith('.bias') and not getattr(c, 'bias', True):
             ours[name] = torch.zeros_like(weights[name])
@@ -90,18 +105,14 @@ def export(model, tokenizer, folder):
                         'transformers cannot run this model')
     theirs.load_state_dict(ours)
     idx = torch.arange(min(c.block_size, tokenizer.vocab_size, 64))[None]
-    expected = model.eval()(idx, idx)[0][..., : tokenizer.vocab_size]
+    expected = model.eval()(idx, idx)[0][..., : settings['vocab_size']]
     if not torch.allclose(theirs(idx).logits, expected, rtol=1e-2, atol=1e-2):
         raise UserError(f'a {kind} computes something else from these weights than this model '
                         'does: transformers cannot run it')
     with user_errors(SafetensorError, f'cannot write {folder}', 'free some space'):
         theirs.save_pretrained(folder)
-    fast = hugging_face_tokenizer(tokenizer)
-    end = None if eot is None else fast.id_to_token(eot)
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    if 'generation_config.json' in files:
+        Path(folder, 'generation_config.json').write_text(files['generation_config.json'], 'utf-8')
 
 
 def main(argv):
@@ -110,11 +121,16 @@ def main(argv):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     parent = os.path.dirname(os.path.abspath(cfg.to))
     model, tokenizer = load_model(cfg.out_dir)
-    with console.user_errors(OSError, f'cannot write {cfg.to}', 'choose another folder'):
-        os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as unfinished:
-            export(model, tokenizer, f'{unfinished}/folder')
-            os.rename(f'{unfinished}/folder', cfg.to)
+    unfinished = f'{cfg.to}.{secrets.token_hex(4)}.tmp'
+    with console.locked(parent), user_errors(OSError, f'cannot write {cfg.to}', 'choose another'):
+        try:
+            os.makedirs(unfinished)
+            export(model, tokenizer, unfinished)
+            for path in Path(unfinished).iterdir():  # safetensors' own are for the owner alone
+                path.chmod(os.stat(unfinished).st_mode & 0o666)
+            os.rename(unfinished, cfg.to)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     print(f'{cfg.to}: {", ".join(sorted(os.listdir(cfg.to)))}')
 
 

@@ -16,7 +16,7 @@ import console
 import runtime
 from checkpoint import load_model
 from configurator import check, override
-from console import UsageError
+from console import UsageError, UserError, user_errors
 from model import sample_from, stream
 from prepare_text import read_text
 from quantize import prepare_for_sampling
@@ -27,13 +27,14 @@ from tokenizer import TextStream, prompt_ids
 class SampleConfig:
     init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: gpt2, a folder
     out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
-    start: str = '\n'  # the prompt; FILE:path reads a file, - reads standard input
+    start: str = '\n'  # the prompt; \n alone is a line break; FILE:path a file, - standard input
     num_samples: int = 3  # how many texts
     max_new_tokens: int = 500  # tokens added to each
     temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
     top_k: int | None = 200  # only the k likeliest tokens count; none for all
     top_p: float | None = None  # only the likeliest tokens that reach this probability together
     stop: str = ''  # a text ends before this, which is not shown
+    end: bool = True  # a text ends at the end-of-text token; false: it continues
     seed: int = 1337  # the same seed, the same texts
     device: str = 'auto'  # the best there is of cuda, mps, cpu
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
@@ -53,11 +54,18 @@ class SampleConfig:
 def read_prompt(start):
     """The text that the setting `start` stands for."""
     if start.startswith('FILE:'):
-        return read_text([start.removeprefix('FILE:')])
+        return read_text(start.removeprefix('FILE:'))
     if start == '-':
+        if sys.stdin is None:
+            raise UsageError('start=- reads standard input, which is closed')
         sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)
         return sys.stdin.read().removesuffix('\n')  # which echo adds
-    return start.replace('\\n', '\n')  # a shell passes \n as two characters
+    return start
+
+
+def is_of_compile(error):
+    """Whether an exception is torch.compile's own."""
+    return type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
 
 
 def print_samples(cfg, prompt):
@@ -69,23 +77,27 @@ def print_samples(cfg, prompt):
     if cfg.compile:
         model.compile(dynamic=True)
     ids = prompt_ids(tokenizer, prompt)
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(f'the id {max(ids)} of {tokenizer.decode([max(ids)])!r} is beyond the '
+                        f"model's {model.config.vocab_size} rows of weights: leave it out")
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens; the model reads the last '
               f'{model.config.block_size}', file=sys.stderr)
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    stop = cfg.stop.replace('\\n', '\n')
-    texts = [TextStream(prompt, ids, tokenizer.decode, stop) for _ in range(cfg.num_samples)]
-    with amp:
+    eot = tokenizer.eot if cfg.end else None
+    texts = [TextStream(prompt, ids, tokenizer, cfg.stop, eot) for _ in range(cfg.num_samples)]
+    with amp, user_errors(Exception, 'torch.compile failed', 'add --compile=false', is_of_compile):
         for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
                              generator, tokenizer.vocab_size):
             new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
-            print(new[0], end='', flush=True)
+            print(console.printable(new[0]), end='', flush=True)
             if all(text.done for text in texts):
                 break
-    print(texts[0].text[texts[0].shown :])
+    print(console.printable(texts[0].finish()))
     for text in texts[1:]:
-        print(f'---------------\n{text.text}')
+        text.finish()
+        print(console.printable(f'---------------\n{text.text}'))
 
 
 def main(argv):

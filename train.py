@@ -268,9 +268,8 @@ def measure_best_again(run, model, cfg, data, measure, progress):
 
 def sample_text(model, tokenizer, cfg, device, amp):
     """A short sample of the current model, each line after a bar."""
-    start = cfg.sample_start.replace('\\n', '\n')  # a shell passes \n as two characters
     try:
-        prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
+        prompt = torch.tensor([prompt_ids(tokenizer, cfg.sample_start)], device=device)
     except UserError as error:  # a character that the alphabet lacks, or tiktoken has no files
         return f'(no sample: {error})'
     generator = torch.Generator(device).manual_seed(cfg.seed)

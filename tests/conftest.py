@@ -21,6 +21,7 @@ import console
 import prepare_text
 from console import Progress
 
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # its threads would not survive a fork
 os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: the models here are too small to share
 torch.set_num_threads(1)
 

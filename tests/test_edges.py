@@ -411,13 +411,6 @@ def test_a_dataset_that_we_can_make_is_made(folder, monkeypatch, request, name):
     assert kind == ('gpt2' if name == 'shakespeare' else 'char')
 
 
-def test_a_utf_16_file_is_told(folder, error_of):
-    with open('notepad.txt', 'w', encoding='utf-16') as file:
-        file.write('Dorothy and Toto\n' * 9)
-    error = error_of(prepare_text.main, 'notepad.txt', '--dataset=notes')
-    assert 'utf-16' in error and 'latin1' not in error
-
-
 # --- eight bits
 
 
@@ -861,8 +854,11 @@ def test_a_text_without_line_breaks_can_be_sampled(one_line, capsys):
 
 def test_a_prompt_can_have_line_breaks(tiny, capsys):
     run(max_iters=1)
-    assert written(capsys, r'--start=the\nlion').startswith('the\nlion')
+    assert written(capsys, '--start=the\nlion').startswith('the\nlion')
     assert written(capsys, r'--start=\n') == written(capsys)
+    assert written(capsys, r'--start=\n\n').startswith('\n\n')
+    with pytest.raises(UserError, match=r"'\\\\' at position 3"):  # as it was typed
+        written(capsys, r'--start=the\nlion')
 
 
 @pytest.mark.parametrize('typed', [b'the lion\n', b'the lion\r\n', b'the lion'])

@@ -35,7 +35,7 @@ def gpt2():
 
 def stream(tokenizer, ids, prompt=()):
     """What sample.py shows after each of `ids`."""
-    text = TextStream('', list(prompt), tokenizer.decode, '')
+    text = TextStream('', list(prompt), tokenizer)
     for i in ids:
         yield text.add(int(i))
 
@@ -267,7 +267,7 @@ def test_a_name_on_hugging_face_is_downloaded(folder, monkeypatch):
     make_folder('snapshot')
 
     def download(name, allow_patterns):
-        assert all(pattern.endswith('.json') for pattern in allow_patterns)  # no code
+        assert all(pattern.endswith(('.json', '.jinja')) for pattern in allow_patterns)  # no code
         if name != 'some/model':
             raise OSError('no such model,\nor no network')
         return 'snapshot'
