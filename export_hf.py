@@ -21,7 +21,7 @@ import torch
 import console
 from checkpoint import load_model
 from configurator import override
-from console import UsageError, UserError, user_errors
+from console import UsageError, UserError, optional, user_errors
 from llama import Llama
 from model import GPT
 from pretrained import GELUS, NAMES, hugging_face_weights
@@ -71,10 +71,11 @@ def export(model, tokenizer, folder):
         kind = 'qwen3' if c.qk_norm else 'llama'
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
-    with user_errors(ImportError, 'transformers is missing', 'pip install transformers'):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-        from transformers import PreTrainedTokenizerFast
-        from safetensors import SafetensorError  # it comes with transformers
+    optional('transformers', '4.56')
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast,
+    )
 
     fast = hugging_face_tokenizer(tokenizer)
     end = None if eot is None else fast.id_to_token(eot)

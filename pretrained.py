@@ -10,7 +10,7 @@ from textwrap import shorten
 
 import torch
 
-from console import UserError, user_errors
+from console import UserError, optional, user_errors
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from tokenizer import OPENAI
@@ -64,10 +64,10 @@ def read_pretrained(name):
 
     No code that comes with the weights is run.
     """
-    with user_errors(ImportError, 'transformers is missing', 'pip install transformers'):
-        from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-        from transformers.utils import logging
-        from huggingface_hub.utils import enable_progress_bars  # this and the next come with it
+    optional('transformers', '4.56')
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers.utils import logging
+    from huggingface_hub.utils import enable_progress_bars
 
     logging.disable_progress_bar()  # of reading: it would be on the screen before an error
     enable_progress_bars()  # of a download, which may be slow

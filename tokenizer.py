@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from console import UsageError, UserError, user_errors
+from console import UsageError, UserError, optional, user_errors
 
 OPENAI = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 # sha256 of GPT-2's tokens in the order of their ids, then its merges, each on a line
@@ -125,11 +125,10 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, json, eot=None, files=None):
-        with user_errors(ImportError, 'tokenizers is missing', 'pip install tokenizers'):
-            from tokenizers import Tokenizer
+        library = optional('tokenizers', '0.22')
         self.json, self.eot, self.files = json, eot, files or {}
         with user_errors(Exception, 'the tokenizer.json is broken', 'get it again'):
-            self.wrapped = Tokenizer.from_str(json)  # the library raises plain Exceptions
+            self.wrapped = library.Tokenizer.from_str(json)  # the library raises plain Exceptions
         self.wrapped.no_truncation()
         self.wrapped.no_padding()
         self.vocab_size = max(self.wrapped.get_vocab().values(), default=0) + 1

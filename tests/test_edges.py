@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -882,6 +883,17 @@ def test_errors_are_not_cut_within_a_word(tiny, error_of):
 def test_bench_names_its_rows(error_of):
     error = error_of(bench.main, '--only=nope', '--device=cpu')
     assert "'nope'" in error and 'baby' in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
+def test_bench_says_what_needs_a_gpu(error_of):
+    assert 'need an NVIDIA GPU' in error_of(bench.main, '--only=CUDA')
+
+
+def test_bench_fails_if_a_row_does(monkeypatch, error_of, capsys):
+    monkeypatch.setattr(bench.subprocess, 'run', lambda *_, **__: SimpleNamespace(stdout=''))
+    error = error_of(bench.main, '--only=batch 16', '--device=cpu')
+    assert 'no figures of sample baby 6x384, batch 16, sample gpt2 124M, batch 16' in error
 
 
 def test_weights_that_do_not_fit_are_not_resumed(tiny, error_of):

@@ -258,7 +258,7 @@ def test_a_broken_folder_is_one_line(folder, text):
 def test_without_the_library_it_says_what_to_install(folder, monkeypatch):
     make_folder('hf')
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    with pytest.raises(UserError, match='pip install tokenizers'):
+    with pytest.raises(UserError, match="pip install 'tokenizers>=0.22'"):
         tokenizer_of('hf')
 
 
