@@ -239,7 +239,7 @@ def adapt_alphabet(weights, theirs, ours):
         weights[key] = torch.where(old[:, None] < 0, drawn, weights[key][old])
 
 
-def starting_point(cfg, tokenizer, ranks, device, progress):
+def starting_point(cfg, tokenizer, ranks, device, dtype, progress):
     """Where `cfg` says to start: (cfg with the model's shape, the model, the checkpoint).
 
     The checkpoint is that of a run to resume, or None. Raises UserError.
@@ -253,7 +253,7 @@ def starting_point(cfg, tokenizer, ranks, device, progress):
         cfg, cls, config, weights, checkpoint = from_weights(cfg, tokenizer, ranks)
     if hasattr(config, 'dropout'):  # a checkpoint has another one's
         config.dropout = cfg.dropout
-    model = runtime.new_model(cls, config, weights, device, cfg.shard, cfg.seed)
+    model = runtime.new_model(cls, config, weights, device, dtype, cfg.shard, cfg.seed)
     shape = {name: value for name, value in vars(config).items()
              if hasattr(cfg, name) and name != 'block_size'}  # a window may be shorter
     shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 def check_sizes(config):
@@ -282,29 +281,48 @@ def next_token_loss(logits, targets, count=None):
 
 
 MAX_LOGITS = 1 << 26  # 256 MB in float32: where there would be more, the loss goes in chunks
+CHUNK = 1024  # tokens
 
 
-def loss_in_chunks(x, lm_head, targets, size=1024):
-    """`next_token_loss` of lm_head(x), for `size` tokens at a time: x (N, n_embd), targets (N,).
+class LossInChunks(torch.autograd.Function):
+    """`next_token_loss` of lm_head(x), summed, for CHUNK tokens at a time.
 
-    Usually needed with GPT-2's vocabulary, where all logits together are the largest tensor of a
-    training step. `checkpoint` drops a chunk's logits, and computes them again for the gradient.
+    x: (N, n_embd), targets: (N,), params: those of lm_head. Usually needed with GPT-2's vocabulary,
+    where all logits together are the largest tensor of a training step. Here the gradients of a
+    chunk are computed with its loss, so that its logits can be dropped.
     """
-    count = (targets != -1).sum().clamp(min=1)
 
-    def loss(x, targets):
-        return next_token_loss(lm_head(x), targets, count)
+    @staticmethod
+    def forward(ctx, x, targets, lm_head, *params):
+        dx, dparams, total = torch.zeros_like(x), [torch.zeros_like(p) for p in params], 0.0
+        for start in range(0, len(x), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                part = x[chunk].detach().requires_grad_()
+                loss = next_token_loss(lm_head(part), targets[chunk], count=1)
+            if loss.requires_grad:
+                dx[chunk], *gradients = torch.autograd.grad(loss, (part, *params))
+                torch._foreach_add_(dparams, gradients)
+            total += loss.detach()
+        ctx.save_for_backward(dx, *dparams)
+        return total
 
-    chunks = zip(x.split(size), targets.split(size))
-    return sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, *dparams = (saved * gradient for saved in ctx.saved_tensors)
+        return dx, None, None, *dparams
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
     """(logits, loss) as `GPT.forward` returns them, from the last hidden states: (B, T, n_embd)."""
     if targets is None:
         return lm_head(x[:, -1:]), None
-    if loss_only and targets.numel() * lm_head.out_features > MAX_LOGITS:
-        return None, loss_in_chunks(x.flatten(0, 1), lm_head, targets.flatten())
+    # torch.compile saves as much memory by itself, and would compute all chunks first.
+    if loss_only and not torch.compiler.is_compiling() and (
+            targets.numel() * lm_head.out_features > MAX_LOGITS):
+        total = LossInChunks.apply(x.flatten(0, 1), targets.flatten(), lm_head,
+                                   *lm_head.parameters())
+        return None, total / (targets != -1).sum().clamp(min=1)
     logits = lm_head(x)  # (B, T, vocab_size)
     return (None if loss_only else logits), next_token_loss(logits, targets)
 

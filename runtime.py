@@ -250,7 +250,7 @@ def sync_gradients(model, sync):
 # --- sharding
 
 
-def new_model(cls, config, weights, device, shard=False, seed=0):
+def new_model(cls, config, weights, device, dtype=None, shard=False, seed=0):
     """The model `cls(config)` on `device`, with `weights`; None: initialized from `seed`.
 
     The numbers are the same on every device, sharded or not. Sharded, each rank keeps only its
@@ -271,23 +271,31 @@ def new_model(cls, config, weights, device, shard=False, seed=0):
                 raise UserError('the weights do not fit the model that comes with them: '
                                 + shorten(', '.join(wrong), 200))
             model.load_state_dict(weights)
-    return spread(cls, config, model, device) if shard else model.to(device)
+    return spread(cls, config, model, device, dtype) if shard else model.to(device)
 
 
-# --- sharding
+def spread(cls, config, whole, device, dtype):
+    """Rank 0's model `whole`, `cls(config)`, spread over the ranks; the others pass None.
 
-
-def spread(cls, config, whole, device):
-    """Rank 0's model `whole`, `cls(config)`, spread over the ranks; the others pass None."""
+    The matrices of a block are gathered in `dtype` when the block computes. Everything else, like
+    norms and embeddings, belongs to the root: gathered in float32, whole during an update.
+    """
     # Here, since it takes a second to import.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32,
+                                  cast_forward_inputs=False)
     with torch.device('meta'):
         model = cls(config)
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
+    model.rest = torch.nn.ParameterList()  # The root takes only what has a name outside blocks.
+    for block in model.blocks:
+        rest = [p for p in block.parameters() if p.dim() < 2]
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(rest))
+        model.rest.extend(rest)
+    fully_shard(model, mesh=mesh)
+    del model.rest
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay one
     model.to_empty(device=device)
@@ -338,6 +346,15 @@ def gather(value):
     return value.cpu() if dist.get_rank() == 0 or not value.dim() else None
 
 
+def shard_like(tensor, p):
+    """A whole tensor that all ranks have, sharded as the parameter p is, on its device."""
+    if not hasattr(p, 'full_tensor'):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
 def gather_state(optimizer):
     """An optimizer's state dict, each tensor as by `gather`."""
     state = optimizer.state_dict()
@@ -363,11 +380,6 @@ def fitting_state(optimizer, saved):
             shape = getattr(value, 'shape', None)
             if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and shape != p.shape:
                 raise ValueError(f'{name} of shape {shape} belongs to a weight of {p.shape}')
-            if shape == p.shape and hasattr(p, 'full_tensor'):
-                from torch.distributed.tensor import distribute_tensor
-
-                state[number][name] = distribute_tensor(
-                    value.to(p.device), p.device_mesh, p.placements)
-            elif shape == p.shape:
-                state[number][name] = value.contiguous()  # as fused optimizers assume
+            if shape == p.shape:  # contiguous, as fused optimizers assume
+                state[number][name] = shard_like(value.contiguous(), p)
     return {'state': state, 'param_groups': groups}

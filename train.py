@@ -113,8 +113,8 @@ class TrainConfig:
         self.out_dir = os.path.expanduser(self.out_dir)
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
-        if self.optimizer == 'muon' and (self.model == 'bigram' or self.shard):
-            raise UsageError('optimizer=muon needs a gpt or a llama, without --shard')
+        if self.optimizer == 'muon' and self.model == 'bigram':
+            raise UsageError('optimizer=muon needs a model with blocks: a gpt or a llama')
 
     @property
     def update_tokens(self):
@@ -313,7 +313,7 @@ def train(cfg, catch_signals=False):
 
 def set_up(cfg, data, ranks, device, dtype, progress):
     """Make or load what a run consists of: (cfg, model, optimizers, scaler, run)."""
-    cfg, model, checkpoint = starting_point(cfg, data.tokenizer, ranks, device, progress)
+    cfg, model, checkpoint = starting_point(cfg, data.tokenizer, ranks, device, dtype, progress)
     optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, dtype)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group['lr_scale'] = group['lr'] / (cfg.learning_rate or 1)  # its own peak by the setting

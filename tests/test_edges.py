@@ -631,58 +631,6 @@ def test_no_targets_at_all_have_no_gradient(monkeypatch, most_logits):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-# --- torch.compile: how many graphs
-
-
-@pytest.fixture
-def counter():
-    """A backend for torch.compile that counts graphs, and runs them as they are."""
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    yield CompileCounter()
-    torch._dynamo.reset()
-
-
-def test_shorter_windows_need_few_graphs(counter):
-    """One to train, one to evaluate the same shape, one to evaluate any shorter one."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2, n_embd=8))
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for T, training in ((16, True), (16, False), (7, False), (11, False), (5, False), (16, True)):
-        idx = torch.randint(20, (4, T))
-        compiled.train(training)
-        with torch.set_grad_enabled(training):
-            _, loss = compiled(idx, idx, loss_only=True)
-            _, plain = model(idx, idx, loss_only=True)
-        torch.testing.assert_close(loss, plain)
-    assert counter.frame_count <= 3
-
-
-def test_a_training_run_needs_few_graphs(tiny, monkeypatch, counter):
-    """Whole splits are evaluated, whose last batch and last window are shorter."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda model: compile(model, backend=counter))
-    run(compile=True, eval_iters=0, batch_size=64, max_iters=4, eval_interval=2)
-    assert 1 < counter.frame_count <= 5
-
-
-def test_sampling_needs_few_graphs(tiny, monkeypatch, counter, capsys):
-    run(max_iters=2)
-    args = ['--device=cpu', '--dtype=float32', '--num_samples=2', '--max_new_tokens=60']
-    texts = []
-    for compile in (False, True):
-        if compile:
-            monkeypatch.setattr(GPT, 'compile', lambda self, **options: (
-                torch.nn.Module.compile(self, backend=counter, **options)))
-            monkeypatch.setattr(torch._dynamo.config, 'fail_on_recompile_limit_hit', True)
-        capsys.readouterr()
-        sample.main([*args, f'--compile={compile}'])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and len(texts[0]) > 100
-    assert 1 <= counter.frame_count <= 4
-
-
 # --- the training loop
 
 

@@ -121,7 +121,7 @@ def test_an_edited_loss_is_the_loss_for_every_vocabulary(tiny, source, chunks):
            ('config.vocab_size, bias=False)\n', 'config.vocab_size, bias=True)\n'))
     if chunks:
         edited(source, 'model.py', ('MAX_LOGITS = 1 << 26', 'MAX_LOGITS = 8'),
-               ('targets, size=1024)', 'targets, size=10)'))
+               ('CHUNK = 1024', 'CHUNK = 10'))
     out = works(source, max_iters=3, eval_interval=3)
     assert all(103 < loss < 105 for _, *losses in steps(out) for loss in losses)
     assert 103 < float(rows()[0]['train_loss']) < 105

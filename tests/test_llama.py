@@ -237,7 +237,6 @@ def test_a_bad_batch_moves_nothing(tiny, monkeypatch):
 
 @pytest.mark.parametrize('settings, words', [
     (dict(model='bigram'), 'a gpt or a llama'), (dict(optimizer='adam'), "'adam'"),
-    (dict(shard=True), 'without --shard'),
 ])
 def test_what_muon_cannot_do_is_refused(settings, words):
     with pytest.raises(train.UsageError, match=words):
