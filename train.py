@@ -18,6 +18,7 @@ from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -35,9 +36,6 @@ from model import MODEL_SIZES
 from muon import Muon
 from runtime import Ranks
 from tokenizer import prompt_ids
-
-REMEDIES = ('Remedies: a lower --learning_rate, a smaller --grad_clip, --dtype=float32 (which is '
-            'TF32 on CUDA)')
 
 
 @dataclass
@@ -185,10 +183,9 @@ def training_loss(model, x, y):
 
 
 def update(model, batches, cfg, optimizers, scaler, amp, ranks):
-    """One update of the weights: forward, backward, clip, step.
+    """One update of the weights by this rank's next batches: forward, backward, clip, step.
 
-    batches: an iterator of this rank's (x, y). Returns the loss, the norm of the gradient, and the
-    named parts of the loss, as floats.
+    Returns the loss, the norm of the gradient, and the named parts of the loss, as floats.
     """
     figures, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
@@ -243,8 +240,7 @@ def print_losses(losses, tokenizer, progress):
     """Print the loss of each split, with perplexity and bits."""
     unit = 'character' if tokenizer.state()['type'] == 'char' else 'token'
     for name, loss in losses.items():
-        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf past 700
-        progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
+        progress.print_line(f'{name}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.5g}, '
                             f'{loss / math.log(2):.4f} bits per {unit}')
 
 
@@ -326,9 +322,8 @@ def set_up(cfg, data, ranks, device, dtype, progress):
         run |= restore(checkpoint, run, optimizers, scaler)
     progress.print_line(
         f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens; '
-        f'{cfg.model} of {model.num_params():,} parameters, {cfg.update_tokens:,} tokens an '
-        f'update; {device} in {str(dtype).removeprefix("torch.")}; results in '
-        f'{os.path.abspath(cfg.out_dir)}')
+        f'{cfg.model} of {model.num_params():,} parameters, {cfg.update_tokens:,} tokens an update'
+        f'{device} in {str(dtype)[6:]}; results in {os.path.abspath(cfg.out_dir)}')
     return cfg, model, optimizers, scaler, run
 
 
@@ -412,7 +407,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. {REMEDIES}')
+                            f'iteration {it}: try a lower --learning_rate, a smaller --grad_clip, '
+                            'or --dtype=float32 (TF32 on CUDA). The last checkpoint is good')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
@@ -424,17 +420,17 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
 
 def print_end(cfg, run, saved, stopping, progress):
     """Print where the results are, and what to type next."""
-    if stopping:
-        # A run that was in out_dir before may have kept its ckpt.pt.
-        path = '' if saved and saved.endswith('ckpt.pt') else f':{saved} and another --out_dir'
-        saved = f'{saved} is saved: to resume, add --init_from=resume{path}' if saved else (
-            'nothing new to save')
-        progress.print_line(f'stopped at iteration {run["iter_num"]}; {saved}')
-    else:
-        script = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'sample.py')
-        command = [sys.orig_argv[0], os.path.relpath(script), f'--out_dir={cfg.out_dir}']
+    if not stopping:
+        script = os.path.relpath(Path(__file__).resolve().with_name('sample.py'))
+        command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
         progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'
-                            f', weights in {cfg.out_dir}\nnow: {shlex.join(command)}')
+                            f', weights in {cfg.out_dir}\nnow: {command}')
+        return
+    # A run that was in out_dir before may have kept its ckpt.pt.
+    path = '' if saved and saved.endswith('ckpt.pt') else f':{saved} and another --out_dir'
+    saved = f'{saved} is saved: to resume, add --init_from=resume{path}' if saved else (
+        'nothing new to save')
+    progress.print_line(f'stopped at iteration {run["iter_num"]}; {saved}')
 
 
 def main(argv):
