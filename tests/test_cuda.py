@@ -140,6 +140,12 @@ def test_a_training_run(cuda, name):
     assert waits(run, 'evaluate') <= 8  # 2 for each of 4 batches
 
 
+def test_the_random_state_of_other_devices_is_left_alone(cuda):
+    """To ask for it would start CUDA, on each GPU, with a warning."""
+    assert cuda.train(**BIGRAM, device='cuda:1').seeded == ['cuda:1']
+    assert cuda.train(**BIGRAM, device='cpu', fake=False).seeded == []
+
+
 def test_the_loss_in_chunks(cuda):
     run = cuda.ask(f'''
 import model
