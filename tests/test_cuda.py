@@ -263,3 +263,34 @@ def test_a_slip_is_seen(cuda, source, slip):
         assert waits(run, function) > 1, run.waits
     else:
         assert 'cpu' in run.error and 'cuda' in run.error
+
+
+AVERAGED = '''
+import torch, runtime
+class Averaged(torch.nn.Module):
+    def __init__(self, module, **_):
+        super().__init__()
+        self.module = module
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+runtime.DistributedDataParallel = Averaged
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('settings', [
+    dict(shard=True), LLAMA | dict(shard=True, dtype='float16', recompute=True, dropout=0.1), {},
+], ids=str)
+def test_one_of_four_ranks(library, tmp_path, settings):
+    """Rank 0 of a new run and of a resumed one. The other ranks, and what they send, are fake."""
+    with contextlib.closing(FakeCUDA(library, tmp_path)) as cuda:
+        whole = {name: settings[name] for name in settings.keys() & LLAMA.keys()}
+        cuda.train(fake=False, out_dir='whole', device='cpu', dtype='float32',
+                   gradient_accumulation_steps=8, **whole)
+        if not settings:  # torch's own needs numbers
+            assert not cuda.ask(AVERAGED).error
+        for start in dict(out_dir='new'), dict(out_dir='whole', init_from='resume', max_iters=4):
+            run = cuda.train(ranks=4, gradient_accumulation_steps=8, **settings | start)
+            check(run, devices=['cpu', 'cuda:0'] if settings else ['cuda:0'])
+            assert run.saved['best.pt'] == ['cpu' if settings else 'cuda:0']
+            assert run.backend == 'cpu:gloo,cuda:nccl'
