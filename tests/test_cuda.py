@@ -1,6 +1,6 @@
 """The CUDA path where there is no GPU: whole runs on fake tensors, in a process of their own.
 
-fake_cuda.py has the fake GPU, and says what it can see.
+fake_cuda.py has the fake GPU, and says what it can see. test_gpu.py is for a real one.
 """
 
 import contextlib

@@ -885,7 +885,6 @@ def test_bench_names_its_rows(error_of):
     assert "'nope'" in error and 'baby' in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 def test_bench_says_what_needs_a_gpu(error_of):
     assert 'need an NVIDIA GPU' in error_of(bench.main, '--only=CUDA')
 
