@@ -53,8 +53,8 @@ def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
     ))
     # The last row only evaluates.
     log = np.genfromtxt('../out/log.csv', delimiter=',', names=True)[3:-1]
-    speed, mfu = np.median(log['tokens_per_s']), np.median(log['mfu'])
-    return f'{speed:,.0f} tok/s', 'n/a' if np.isnan(mfu) else f'{mfu:.1%}'
+    mfu = f'{np.median(log["mfu"]):.1%}' if 'mfu' in log.dtype.names else 'n/a'
+    return f'{np.median(log["tokens_per_s"]):,.0f} tok/s', mfu
 
 
 def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):

@@ -343,7 +343,9 @@ def gather(value):
     if not hasattr(value, 'full_tensor'):
         return value
     value = value.full_tensor()
-    return value.cpu() if dist.get_rank() == 0 or not value.dim() else None
+    if not value.dim():
+        return value  # on its device, as the other numbers of an update are
+    return value.cpu() if dist.get_rank() == 0 else None
 
 
 def shard_like(tensor, p):

@@ -296,7 +296,9 @@ def train(cfg, catch_signals=False):
               f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
     with (
         console.locked(cfg.out_dir) if writes else nullcontext(),
-        torch.accelerator.device_index(device.index), torch.random.fork_rng(),
+        torch.accelerator.device_index(device.index),
+        # of its own device alone: to ask others for their state starts CUDA on each of them
+        torch.random.fork_rng([] if device.type == 'cpu' else [device], device_type=device.type),
         ranks.joined(device, cfg.backend), runtime.out_of_memory(remedy),
     ):
         data = Dataset(cfg.dataset, ranks)

@@ -13,6 +13,11 @@ import sys
 import tempfile
 import types
 
+# Tests see no GPU: once torch has used one, or only a thread for its gradients, scripts could no
+# longer be forked. Those of test_gpu.py get the first one back.
+GPU = {'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0')}
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 import pytest
 import torch
 import torch._dynamo  # as an optimizer does: once here, not in each process that is forked

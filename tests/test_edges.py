@@ -833,9 +833,16 @@ def test_bench_names_its_rows(error_of):
     assert "'nope'" in error and 'baby' in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 def test_bench_says_what_needs_a_gpu(error_of):
     assert 'need an NVIDIA GPU' in error_of(bench.main, '--only=CUDA')
+
+
+def test_bench_trains_where_the_peak_is_not_known(folder, monkeypatch, capsys):
+    small = dict(updates=20, batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    monkeypatch.setitem(bench.ROWS, 'small', (bench.bench_training, small))
+    bench.main(['--row=small', '--device=cpu'])
+    assert re.search(r'^\| small \| [\d,]+ tok/s \| n/a \| [\d.]+ GiB \|$',
+                     capsys.readouterr().out, re.M)
 
 
 def test_bench_fails_if_a_row_does(monkeypatch, error_of, capsys):
