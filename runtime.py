@@ -320,6 +320,7 @@ def load_weights(model, weights):
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    model.reshard()  # the root is whole after an evaluation
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
 
