@@ -61,6 +61,10 @@ class Split:
         last = self.borders[self.borders.searchsorted(reach, 'right') - 1]
         return np.where(last > begins, last, reach)
 
+    def longer_than(self, block_size):
+        """How many conversations don't fit into a window."""
+        return 0 if self.mask is None else int((np.diff(self.borders) > block_size + 1).sum())
+
     def windows(self, begins, block_size):
         """Positions of the windows, which of them are inside, and which ones the loss counts.
 
