@@ -26,8 +26,8 @@ LONG_LOG = 1 << 20  # bytes; drawing more takes a second or longer
 COLORS = ['#0072b2', '#d55e00', '#000000', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']
 LINES = ['-o', '--s', '-.^', ':D']
 STYLE = {
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.grid.which': 'both',
-    'grid.color': '#e4e4e4', 'lines.markersize': 5, 'legend.frameon': False,
+    'axes.grid': True, 'axes.grid.which': 'both', 'grid.color': '#e4e4e4', 'lines.markersize': 5,
+    'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
     'svg.fonttype': 'none', 'text.parse_math': False,  # text remains text, a $ in a name a $
 }
 
