@@ -106,11 +106,10 @@ def measure(cfg):
     runtime.set_speed_options(arguments.get('shard', False))
     figures = function(cfg, **arguments)
     ranks, (device, _) = runtime.Ranks(), runtime.device_and_dtype(cfg)
+    unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes, Linux KiB
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == 'cuda':
         peak = torch.cuda.max_memory_allocated(device)
-    else:  # macOS counts bytes, Linux KiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == 'darwin' else 1024
     if ranks.rank == ranks.world_size - 1:
         name = f'{cfg.row}, {ranks.world_size} processes' if 'shard' in arguments else cfg.row
         print('| ' + ' | '.join((name, *figures, f'{peak / 2**30:.2f} GiB')) + ' |')
