@@ -30,8 +30,8 @@ def override(config, argv, usage=''):
     """Return a copy of the dataclass `config` with the files and flags of `argv` applied.
 
     A flag is --key=value; a bare --flag means true. Dashes in its name count as underscores, and
-    a text of \\n alone as line breaks. A field's metadata may name others that it `resets` to None.
-    --help prints `usage` and all settings, and exits. Raises UsageError.
+    a value of \\n, once or more, as line breaks. A field's metadata may name others that it
+    `resets` to None. --help prints `usage` and all settings, and exits. Raises UsageError.
     """
     if '--help' in argv or '-h' in argv:
         print(f'{(usage or "").strip()}\n\n{describe(config)}')  # python -OO has no docstrings
