@@ -188,13 +188,13 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     """
     figures, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
-        x, y = next(batches)
+        x, y, divisor = next(batches)
         runtime.sync_gradients(model, micro_step == micro_steps - 1)  # once is enough
         with amp:
             loss, parts = training_loss(model, x, y)
-        scaler.scale(loss / micro_steps).backward()  # gradients add up; ranks are averaged
+        scaler.scale(loss / divisor).backward()  # gradients add up; ranks are averaged
         for name, value in {'loss': loss, **parts}.items():
-            figures[name] += value.detach() / micro_steps
+            figures[name] += value.detach() / divisor
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
@@ -329,7 +329,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                       progress=progress)
     if cfg.eval_only:
         for name, loss in measure(raw, data.splits).items():
-            perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf past 700
+            perplexity = math.inf if loss > 700 else math.exp(loss)
             progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
                                 f'{loss / math.log(2):.4f} bits per token')
         return None

@@ -244,11 +244,11 @@ SLIPS = {
         'train.py', 'cfg.sample_start)], device=device)', 'cfg.sample_start)])'),
     'a loss for each micro-batch': (
         TRAIN.format(SHORT), 'update',
-        'train.py', 'loss / micro_steps)', 'loss / micro_steps + 0 * loss.item())'),
+        'train.py', 'loss / divisor)', 'loss / divisor + 0 * loss.item())'),
     'numbers on two devices': (
         TRAIN.format(SHORT), None, 'train.py', 'runtime.gather(norm)', 'norm.cpu()'),
     'a batch that is not pinned': (
-        TRAIN.format(EVALUATE), 'batch', 'dataset.py', 'rows.pin_memory().to', 'rows.to'),
+        TRAIN.format(EVALUATE), 'batch', 'dataset.py', 'pair.pin_memory().to', 'pair.to'),
     'a copy that waits': (
         TRAIN.format(EVALUATE), 'batch',
         'dataset.py', 'to(device, non_blocking=True)', 'to(device)'),

@@ -300,7 +300,7 @@ def take(batches, count):
 def test_batches_are_windows_of_the_file(tiny):
     split = Split('data/tiny/train.bin', 256)
     ids = ids_of('tiny', 'train')
-    offsets = [0, 5, len(ids) - 17]  # the last window is used too
+    offsets = np.array([0, 5, len(ids) - 17])  # the last window is used too
     x, y = split.batch(offsets, 16, CPU)
     assert x.shape == y.shape == (3, 16) and x.dtype == torch.int64
     for row, offset in enumerate(offsets):
@@ -312,13 +312,14 @@ def test_training_batches_follow_from_seed_and_iteration(tiny):
     split, cfg = Split('data/tiny/train.bin', 256), settings()
     two = take(training_batches(split, cfg, ALONE, CPU, 0), 8)  # two iterations of four
     resumed = take(training_batches(split, cfg, ALONE, CPU, 1), 4)
-    for (x, y), (again_x, again_y) in zip(two[4:], resumed):
+    for (x, y, _), (again_x, again_y, _) in zip(two[4:], resumed):
         assert (x == again_x).all() and (y == again_y).all()
     assert (two[0][0] != two[4][0]).any()
     other = take(training_batches(split, settings(seed=2), ALONE, CPU, 0), 1)
     assert (two[0][0] != other[0][0]).any()
     ids = ids_of('tiny', 'train')
-    for x, y in two:
+    for x, y, divisor in two:
+        assert divisor == 4  # the mean of four losses
         assert (x[:, 1:] == y[:, :-1]).all()
         starts = [i for i in range(len(ids) - 16) if ids[i : i + 16] == x[0].tolist()]
         assert starts and y[0, -1] in [ids[i + 16] for i in starts]
@@ -329,8 +330,8 @@ def test_the_ranks_share_the_batches_of_one_process(tiny):
     alone = take(training_batches(split, cfg, ALONE, CPU, 3), 4)
     ranks = [SimpleNamespace(rank=rank, world_size=2) for rank in range(2)]
     both = [batch for r in ranks for batch in take(training_batches(split, cfg, r, CPU, 3), 2)]
-    for (x, _), (shared, _) in zip(alone, both, strict=True):
-        assert (x == shared).all()
+    for (x, _, _), (shared, _, divisor) in zip(alone, both, strict=True):
+        assert (x == shared).all() and divisor == 2
 
 
 @pytest.mark.parametrize('world_size', [1, 3])
