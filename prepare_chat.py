@@ -28,7 +28,7 @@ from chat import TEMPLATE, encode_chat
 from configurator import override
 from console import Progress, UsageError, UserError
 from prepare_text import (
-    TextConfig, check_name, fractions, make_tokenizer, read_text, some, write_dataset,
+    TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset,
 )
 from tokenizer import END, CharTokenizer
 
@@ -106,7 +106,7 @@ def main(argv):
         raise UsageError('--dataset is needed: for example --dataset=my_chat')
     check_name(cfg.dataset)
     prepare(read_conversations(inputs, cfg.errors), cfg.dataset, cfg.tokenizer, cfg.val_fraction,
-            cfg.test_fraction, some(inputs))
+            cfg.test_fraction, source=' '.join(Path(path).name for path in inputs))
 
 
 if __name__ == '__main__':

@@ -5,8 +5,8 @@ import json
 import os
 import pty
 import re
-import subprocess
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -513,25 +513,19 @@ def test_answers_follow_from_the_seed(taught):
     assert answers('--system=What is') != answers()
 
 
-def in_terminal(*args, typed, end=b'\x04', env=None):
-    """What chat.py shows in a terminal while lines are typed; its exit code."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'chat.py'), *args],
-                               stdin=follower, stdout=follower, stderr=follower)
-    os.close(follower)
-    shown = b''
-    for keys in [*(line.encode() + b'\n' for line in typed), end]:
-        prompts = shown.count(b'> ')
-        while shown.count(b'> ') == prompts:
-            shown += os.read(leader, 4096)
-        os.write(leader, keys)
-    try:
-        while chunk := os.read(leader, 4096):
-            shown += chunk
-    except OSError:  # closed
-        pass
-    os.close(leader)
-    return shown.decode(), process.wait(60)
+def in_terminal(*args, typed, end):
+    """What chat.py shows in a terminal while lines are typed, one at each prompt; its exit code."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'chat.py'), *args])
+    shown, prompts = '', 0
+    with open(terminal, 'r+b', buffering=0) as terminal, suppress(OSError):  # closed at the end
+        while new := terminal.read(4096):
+            shown += new.decode()
+            if shown.count('> ') > prompts:
+                prompts += 1
+                terminal.write(typed.pop(0).encode() + b'\n' if typed else end)
+    return shown, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize('end', [b'\x03', b'\x04'], ids=['Ctrl-C', 'Ctrl-D'])

@@ -295,3 +295,20 @@ def test_one_of_four_ranks(library, tmp_path, settings):
             check(run, devices=['cpu', 'cuda:0'] if settings else ['cuda:0'])
             assert run.saved['best.pt'] == ['cpu' if settings else 'cuda:0']
             assert run.backend == 'cpu:gloo,cuda:nccl'
+
+
+BENCH = '''
+import bench
+bench.ROWS |= {
+    'train': (bench.bench_training, dict(updates=3, batch_size=2, block_size=4, n_layer=1, n_head=2,
+                                         n_embd=16, tokenizer='gpt2', recompute=True)),
+    'sample': (bench.bench_sampling, dict(n_layer=1, n_head=2, n_embd=16, samples=2, new=3))}
+bench.main(['--row=train', '--device=cuda', '--compile=false'])
+bench.main(['--row=sample', '--device=cuda'])
+'''
+
+
+def test_bench_measures_on_a_gpu(cuda):
+    report = cuda.ask(BENCH)
+    assert not report.error, report.error
+    assert '| train | ' in report.output and '| sample | ' in report.output, report.output

@@ -167,6 +167,30 @@ def test_a_split_of_one_token_is_refused_when_prepared(folder):
     assert not os.path.exists('data/x')
 
 
+def test_fractions_that_leave_a_split_empty_are_refused(folder):
+    with pytest.raises(UserError, match='0 train, 40 val, 60 test tokens.*other fractions'):
+        prepare_text.prepare('abcdefghij' * 10, 'x', val_fraction=0.6, test_fraction=0.6)
+    with pytest.raises(UserError, match='100 train, 0 val tokens.*other fractions'):
+        prepare_text.prepare('abcdefghij' * 10, 'x', val_fraction=0.0)
+    assert not os.path.exists('data/x')
+
+
+@pytest.mark.parametrize('data', [
+    'Привет, мир; Dorothy said so\n'.encode('utf-16-le'), b'\x89PNG\r\n\x1a\n', b'{\\rtf1', b'PAR1',
+    b'7z\xbc\xaf\x27', b'(\xb5/\xfd', b'Rar!', b'\xd0\xcf\x11\xe0',
+])
+def test_every_format_is_recognized(folder, data):
+    (folder / 'my.txt').write_bytes(data)
+    with pytest.raises(UserError, match='my.txt: it is .*, not UTF-8: convert it with'):
+        prepare_text.read_text('my.txt')
+
+
+def test_signs_of_a_format_within_a_text_are_text(folder):
+    text = 'a text on PK, %PDF, BZh, Rar! and {\\rtf\nPAR1 a\0\0b\n'
+    (folder / 'my.txt').write_text(text)
+    assert prepare_text.read_text('my.txt') == text
+
+
 def test_too_many_characters_for_16_bits(folder):
     chars = ''.join(map(chr, range(0x20000, 0x30001)))
     with pytest.raises(UserError, match='65,537 ids.*char .*gpt2'):

@@ -845,6 +845,26 @@ def test_bench_trains_where_the_peak_is_not_known(folder, monkeypatch, capsys):
                      capsys.readouterr().out, re.M)
 
 
+def test_bench_on_a_gpu_measures_every_row_of_gpt2(monkeypatch, capsys):
+    device = torch.device('cuda'), torch.bfloat16
+    monkeypatch.setattr(bench.runtime, 'device_and_dtype', lambda cfg: device)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    monkeypatch.setattr(bench.subprocess, 'run', lambda command, **_: SimpleNamespace(
+        stdout=command[-1].replace('--row=', '| ')))
+    bench.main(['--only=gpt2'])
+    rows = [line[2:] for line in capsys.readouterr().out.split('\n') if 'gpt2' in line]
+    assert rows == [name for name in bench.ROWS if 'gpt2' in name] and len(rows) == 7
+
+
+def test_bench_compares_training_with_and_without_recomputation():
+    rows = {name: row for name, row in bench.ROWS.items() if 'recompute' in name}
+    assert len(rows) == 2
+    for name, (function, arguments) in rows.items():
+        plain, settings = bench.ROWS[name.replace(', recompute', '')]
+        assert function is plain and arguments == settings | {'recompute': True}
+
+
 def test_bench_fails_if_a_row_does(monkeypatch, error_of, capsys):
     monkeypatch.setattr(bench.subprocess, 'run', lambda *_, **__: SimpleNamespace(stdout=''))
     error = error_of(bench.main, '--only=batch 16', '--device=cpu')
