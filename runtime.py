@@ -61,22 +61,20 @@ def set_speed_options(shard=False):
     """Settings of the whole process that make training faster: for a script's `main`."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
     gc.freeze()  # what is imported stays: searching it for garbage takes a tenth of a second
-    if sys.platform == 'linux':
-        # glibc hands every large block back to the kernel and faults it in again, zeroed, on the
-        # next step. Keeping freed memory trains faster on a CPU.
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            # Shards gather and free weights all the time, which would fragment such a heap.
-            mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
-            mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much it keeps
+    # glibc hands large blocks back to the kernel and faults them in again, zeroed, on the next
+    # step. Keeping freed memory trains faster; but shards, gathered and freed, would fragment it.
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
+        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much it keeps
 
 
 def is_out_of_memory(error):
     """Whether an exception of torch's or numpy's means that memory could not be had."""
     signs = ('out of memory', "can't allocate memory", 'not enough memory: you tried',
              'CUBLAS_STATUS_ALLOC_FAILED', 'array is too big')
-    is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return is_one or any(sign in str(error) for sign in signs)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        any(sign in str(error) for sign in signs))
 
 
 def out_of_memory(remedy):
@@ -85,8 +83,8 @@ def out_of_memory(remedy):
                        is_out_of_memory)
 
 
-# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets. MFU is the fraction in use.
-# By the whole name, since a slice of a card or its laptop form has much the same one.
+# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets, by the whole name, since a
+# slice of a card has a longer one. MFU is the fraction in use.
 PEAK_TFLOPS = {
     'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA GH200 480GB': 989,
     'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 NVL': 835, 'NVIDIA H100 PCIe': 756,
@@ -99,10 +97,10 @@ PEAK_TFLOPS = {
 
 
 def flops_per_token(model, block_size):
-    """Floating-point operations to train on one token of a window: forward and backward.
+    """Floating-point operations to train on one token of a window.
 
     6 for each parameter of a Linear and 12 n_layer n_embd T for attention: Chowdhery et al. 2022
-    (PaLM), arXiv:2204.02311, appendix B. Embeddings are only looked up.
+    (PaLM), arXiv:2204.02311, appendix B.
     """
     weights = sum(p.numel() for module in model.modules() if isinstance(module, nn.Linear)
                   for p in module.parameters())
@@ -132,16 +130,15 @@ class Ranks:
     """
 
     def __init__(self):
-        names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
-        found = {name: os.environ.get(name, '') for name in names}
-        if any(name in os.environ for name in names[:3]):
-            wrong = [f'{name}={text!r}' for name, text in found.items()
-                     if not (text if name == 'MASTER_ADDR' else text.isdecimal())]
-            if wrong or not int(found['RANK']) < int(found['WORLD_SIZE']):
-                raise UserError(f'the environment has {", ".join(wrong) or found}: torchrun sets '
-                                f'{", ".join(names)}; set all of them or none of the first three')
-        self.rank, self.local_rank = int(found['RANK'] or 0), int(found['LOCAL_RANK'] or 0)
-        self.world_size = int(found['WORLD_SIZE'] or 1)
+        names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
+        found = [os.environ.get(name) for name in names]
+        if not any(name in os.environ for name in names):
+            found = 0, 0, 1
+        with user_errors((ValueError, TypeError), f'the environment has {dict(zip(names, found))}',
+                         'set all three, as torchrun does, or none'):
+            self.rank, self.local_rank, self.world_size = map(int, found)
+            if not 0 <= self.rank < self.world_size:
+                raise ValueError('RANK must be from 0 to WORLD_SIZE - 1')
         self.is_main = self.rank == 0
 
     @contextlib.contextmanager
@@ -154,15 +151,15 @@ class Ranks:
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         with user_errors((dist.DistError, RuntimeError, ValueError, OSError),
                          f'not all {self.world_size} processes came to MASTER_ADDR='
-                         f'{os.environ["MASTER_ADDR"]}', 'start the others as well'):
+                         f'{os.environ.get("MASTER_ADDR")}', 'start all of them by torchrun'):
             store, _, _ = next(dist.rendezvous('env://', timeout=JOIN_TIMEOUT))
             store.set(f'joined {self.rank}', '')
             store.wait([f'joined {rank}' for rank in range(self.world_size)], JOIN_TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world_size)
         yield
-        # Not after an exception: it would wait for the other ranks, and while its traceback keeps
-        # a model alive, gloo's threads could not end.
+        # Not after an exception: it would wait for the others, and gloo's threads can't end while
+        # a traceback keeps the model.
         dist.destroy_process_group()
 
     def sum(self, tensor):
@@ -181,27 +178,22 @@ class Ranks:
 
     def agree(self, name, value):
         """Raise UserError unless `value` is the same on all ranks: machines may share no disk."""
-        values = [(socket.gethostname(), value)] * self.world_size
+        values = [(value, socket.gethostname())] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, values[0])
-        host, first = values[0]
-        for other_host, other in values:
-            if other != first:
-                raise UserError(f'{name} is {other} on {other_host}, but {first} on {host}: copy '
+        for other, host in values:
+            if other != values[0][0]:
+                raise UserError(f'{name} is {other} on {host}, but {" on ".join(values[0])}: copy '
                                 'it from the right machine to the others')
 
     def agree_on_file(self, path):
-        """Raise UserError unless the file `path` has the same end on all ranks, or is missing.
-
-        A .pt file ends with the check sums of all that it contains.
-        """
-        end = b''
+        """Raise UserError unless the file `path` is the same on all ranks, or missing there."""
+        found = 'missing'
         if os.path.isfile(path):
-            with open(path, 'rb') as file:
+            with open(path, 'rb') as file:  # its end has the check sums of all that a .pt contains
                 file.seek(max(0, os.path.getsize(path) - (1 << 20)))
-                end = file.read()
-        self.agree(path, f'a file of digest {hashlib.sha256(end).hexdigest()[:12]}' if end else
-                   'missing')
+                found = f'a file of digest {hashlib.sha256(file.read()).hexdigest()[:12]}'
+        self.agree(path, found)
 
     def from_main(self, value):
         """Rank 0's `value`, on all ranks."""
@@ -263,14 +255,11 @@ def new_model(cls, config, weights, device, dtype=None, shard=False, seed=0):
             torch.default_generator.manual_seed(seed)
             model = cls(config)
         if weights is not None:
-            own = {name: weight.shape for name, weight in model.state_dict().items()}
-            weights = {name: weight for name, weight in weights.items()
-                       if name in own or not name.endswith('.attn.bias')}  # nanoGPT's old masks
-            found = {name: getattr(weight, 'shape', None) for name, weight in weights.items()}
-            if wrong := sorted(dict(own.items() ^ found.items())):
-                raise UserError('the weights do not fit the model that comes with them: '
-                                + shorten(', '.join(wrong), 200))
-            model.load_state_dict(weights)
+            old = {name for name in weights.keys() - model.state_dict().keys()
+                   if name.endswith('.attn.bias')}  # masks in nanoGPT's first checkpoints
+            with user_errors(RuntimeError, 'the weights do not fit the model that comes with them',
+                             'use others'):
+                model.load_state_dict({k: w for k, w in weights.items() if k not in old})
     return spread(cls, config, model, device, dtype) if shard else model.to(device)
 
 
@@ -320,6 +309,7 @@ def load_weights(model, weights):
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    model.reshard()  # the root is whole after an evaluation
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
 

@@ -120,9 +120,9 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-# How the rate falls: the fraction of the way from min_lr to the peak, by the fraction of the
-# iterations after warmup that are done. Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983.
-# Plateau: Haegele et al. 2024, arXiv:2405.18392. Add your own here.
+# How the rate falls from 1, the peak, to 0, min_lr, while `done` goes from 0 to 1. Cosine:
+# Loshchilov & Hutter 2016, arXiv:1608.03983. Plateau: Haegele et al. 2024, arXiv:2405.18392. Add
+# your own here.
 SCHEDULES = {
     'cosine': lambda done: (1 + math.cos(math.pi * done)) / 2,
     'linear': lambda done: 1 - done,
@@ -167,16 +167,15 @@ def muon(model, cfg, dtype):
         bf16=dtype == torch.bfloat16)]
 
 
-# The setting `optimizer`: a function of (model, cfg, dtype) that returns a list of optimizers, each
-# made with its peak rate, which the schedule scales. Add your own here.
+# By the setting `optimizer`: functions that return optimizers, each made with its peak rate, which
+# the schedule scales. Add your own here.
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def training_loss(model, x, y):
     """The loss that an update lowers, and named parts of it, scalar tensors, for the log.
 
-    Add a second loss here: a balance of experts, a distance from a teacher. Evaluation keeps the
-    plain one.
+    Add a second loss here, like the balance of experts. Evaluation keeps the plain one.
     """
     _, loss = model(x, y, loss_only=True)
     return loss, {}
@@ -236,14 +235,6 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
     return losses
 
 
-def print_losses(losses, tokenizer, progress):
-    """Print the loss of each split, with perplexity and bits."""
-    unit = 'character' if tokenizer.state()['type'] == 'char' else 'token'
-    for name, loss in losses.items():
-        progress.print_line(f'{name}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.5g}, '
-                            f'{loss / math.log(2):.4f} bits per {unit}')
-
-
 def measure_best_again(run, model, cfg, data, measure, progress):
     """If validation losses are measured in another way than before, measure best.pt again."""
     windows = cfg.eval_iters * cfg.batch_size
@@ -280,15 +271,15 @@ def train(cfg, catch_signals=False):
     """Train as `cfg` says; returns the best validation loss, or None for `eval_only`.
 
     catch_signals: save and exit after Ctrl-C and the signals that end jobs. Otherwise nothing in
-    the process is changed. Raises UserError for mistakes that a user can fix.
+    the process is changed. Raises UserError.
     """
     ranks = Ranks()
     cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has nothing to shard
     micro_batches = cfg.gradient_accumulation_steps
     if micro_batches % ranks.world_size and not cfg.eval_only:
-        nearest = math.ceil(micro_batches / ranks.world_size) * ranks.world_size
         raise UsageError(f'gradient_accumulation_steps={micro_batches} must be a multiple of the '
-                         f'{ranks.world_size} processes: try {nearest}')
+                         f'{ranks.world_size} processes: try '
+                         f'{micro_batches + -micro_batches % ranks.world_size}')
     device, dtype = runtime.device_and_dtype(cfg)
     progress = Progress(enabled=ranks.is_main)
     writes = ranks.is_main and not cfg.eval_only
@@ -323,8 +314,8 @@ def set_up(cfg, data, ranks, device, dtype, progress):
     if checkpoint and not cfg.eval_only:
         run |= restore(checkpoint, run, optimizers, scaler)
     progress.print_line(
-        f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens; '
-        f'{cfg.model} of {model.num_params():,} parameters, {cfg.update_tokens:,} tokens an update'
+        f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens, '
+        f'{cfg.update_tokens:,} an update; {cfg.model} of {model.num_params():,} parameters on '
         f'{device} in {str(dtype)[6:]}; results in {os.path.abspath(cfg.out_dir)}')
     return cfg, model, optimizers, scaler, run
 
@@ -337,7 +328,11 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     measure = partial(evaluate, cfg=cfg, ranks=ranks, device=device, amp=amp, stop=stop,
                       progress=progress)
     if cfg.eval_only:
-        return print_losses(measure(raw, data.splits), data.tokenizer, progress)
+        for name, loss in measure(raw, data.splits).items():
+            perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf past 700
+            progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
+                                f'{loss / math.log(2):.4f} bits per token')
+        return None
     measure_best_again(run, raw, cfg, data, measure, progress)
     splits = {name: data.splits[name] for name in ('val', 'train')}
     batches = training_batches(splits['train'], cfg, ranks, device, run['iter_num'])
@@ -409,8 +404,9 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: try a lower --learning_rate, a smaller --grad_clip, '
-                            'or --dtype=float32 (TF32 on CUDA). The last checkpoint is good')
+                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. Try a lower '
+                            '--learning_rate, a smaller --grad_clip, or --dtype=float32 (on CUDA: '
+                            'TF32)')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)

@@ -371,12 +371,12 @@ WHOLE = rank_of(0, 1, 1234)
 
 
 @pytest.mark.parametrize('env, words', [
-    (dict(RANK='0'), "WORLD_SIZE=''"), (dict(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1'),
-                                        "MASTER_ADDR=''"),
-    (WHOLE | dict(WORLD_SIZE=''), "WORLD_SIZE=''"), (WHOLE | dict(RANK='first'), "RANK='first'"),
-    (WHOLE | dict(RANK='-1'), "RANK='-1'"), (WHOLE | dict(LOCAL_RANK='1.5'), "LOCAL_RANK='1.5'"),
+    (dict(RANK='0'), "'WORLD_SIZE': None"), (WHOLE | dict(WORLD_SIZE=''), "'WORLD_SIZE': ''"),
+    (dict(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1'), 'MASTER_ADDR'),
+    (WHOLE | dict(RANK='first'), "'RANK': 'first'"), (WHOLE | dict(RANK='-1'), "'RANK': '-1'"),
+    (WHOLE | dict(LOCAL_RANK='1.5'), "'LOCAL_RANK': '1.5'"),
     (WHOLE | dict(RANK='3'), "'RANK': '3'"), (WHOLE | dict(WORLD_SIZE='0'), "'WORLD_SIZE': '0'"),
-    (WHOLE | dict(MASTER_PORT='http'), "MASTER_PORT='http'"),
+    (WHOLE | dict(WORLD_SIZE='2', MASTER_PORT='http'), "'http'"),
 ], ids=str)
 def test_half_an_environment_is_one_line(tiny, monkeypatch, env, words):
     for name, value in env.items():

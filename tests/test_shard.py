@@ -72,6 +72,16 @@ def test_a_run_goes_from_one_process_to_shards_and_back(tiny):
     assert_near('whole', 'out')
 
 
+def test_resumed_with_another_measure_the_best_is_measured_again(tiny, capfd):
+    run(2, shard=True, max_iters=3)
+    capfd.readouterr()
+    run(2, shard=True, max_iters=6, init_from='resume', eval_iters=3)
+    assert 'have changed: now out/best.pt has a loss of' in capfd.readouterr().out
+    run(out_dir='whole', max_iters=3)
+    run(out_dir='whole', max_iters=6, init_from='resume', eval_iters=3)
+    assert_near('whole', 'out')
+
+
 def test_finetuning_spreads_another_runs_weights(tiny):
     run(out_dir='first', max_iters=3)
     more = dict(init_from='first', block_size=8, max_iters=2, eval_interval=2, learning_rate=1e-3)

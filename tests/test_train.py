@@ -208,7 +208,7 @@ def test_eval_only_reports_every_split_whole(tiny, capsys):
     capsys.readouterr()
     train.train(TrainConfig(**TINY | dict(init_from='out', eval_only=True, eval_iters=0)))
     out = capsys.readouterr().out
-    found = re.findall(r'^(\w+): loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per character',
+    found = re.findall(r'^(\w+): loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per token',
                        out, re.M)
     assert [name for name, *_ in found] == ['train', 'val', 'test']
     model = load_model('out')[0].eval()
