@@ -38,8 +38,7 @@ class Tokenizer:
         begin = 0
         while begin < len(text):
             # Between two lines without spaces around the break: no token reaches over that.
-            cut = re.compile(r'(?<=\S\n)(?=\S)').search(text, begin + PIECE)
-            end = cut.start() if cut else len(text)
+            end = re.compile(r'(?<=\S\n)(?=\S)|\Z').search(text, begin + PIECE).start()
             yield self.encode(text[begin:end]), end
             begin = end
 
@@ -118,10 +117,9 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json, by the library tokenizers; `json` is its text.
+    """A tokenizer.json, whose text is `json`, read by the library tokenizers.
 
-    Special tokens in a text are recognized. files: the texts of the other files of its folder, by
-    name. They are exported unchanged.
+    Special tokens in a text are recognized. files: its folder's other files, exported unchanged.
     """
 
     def __init__(self, json, eot=None, files=None):
@@ -140,10 +138,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.concatenate([ids for ids, _ in self.encode_pieces(text)])
 
     def encode_pieces(self, text, margin=1024):
-        """As `Tokenizer.encode_pieces`: the library needs 150 times the memory of its text.
+        """As `Tokenizer.encode_pieces`: the library takes 150 times the memory of its text.
 
-        A piece is read with a margin around it. It ends where a token begins, also if the library
-        reads only the margins around that place.
+        A piece is read with margins, and ends where a token begins even if these alone are read.
         """
         def read(start, end):
             start = max(0, start)
@@ -215,9 +212,9 @@ def own_form(text):
     if not all(token.keys() <= plain and token['content'] in vocab for token in added):
         return None
     chars = sorted(''.join(vocab))
-    if rules == {'model': {'type': 'WordLevel', 'vocab': {c: i for i, c in enumerate(chars)}},
-                 'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'},
-                                   'behavior': 'Isolated'}}:
+    model = {'type': 'WordLevel', 'vocab': {char: i for i, char in enumerate(chars)}}
+    split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated'}
+    if rules == {'model': model, 'pre_tokenizer': split}:
         return CharTokenizer(''.join(chars))
     digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
     return GPT2Tokenizer() if digest == GPT2_SHA256 and len(added) < 2 else None
@@ -247,16 +244,13 @@ def tokenizer_of(name):
         return GPT2Tokenizer()  # a folder of GPT-2's weights alone
     if 'tokenizer.json' not in texts:
         raise UserError(f'{name} has no tokenizer.json: add the one that transformers saves')
-    text = texts.pop('tokenizer.json')
-    if own := own_form(text):
-        return own
-    tokenizer = HuggingFaceTokenizer(text, files=texts)
+    tokenizer = HuggingFaceTokenizer(texts.pop('tokenizer.json'), files=texts)
     match ends:
         case {'eos_token': str(token) | {'content': str(token)}}:
             tokenizer.eot = tokenizer.wrapped.token_to_id(token)
-        case {'eos_token_id': [eot, *_] | eot}:
+        case {'eos_token_id': [int(eot), *_] | int(eot)}:
             tokenizer.eot = eot
-    return tokenizer
+    return own_form(tokenizer.json) or tokenizer
 
 
 def prompt_ids(tokenizer, text):
