@@ -24,7 +24,8 @@ OPENAI = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 # The files of a Hugging Face folder that concern its tokenizer.
 FILES = ['tokenizer.json', 'config.json', 'tokenizer_config.json', 'vocab.json',
          'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja']
-GPT2_SHA256 = 'dbbe2f82ad259ed5f19545f0f93cce1ce00ec6961774b91f3caf6f426b86fa1d'  # of its `rules_of`
+# The sha256 of GPT-2's `rules_of`, as JSON.
+GPT2_SHA256 = 'dbbe2f82ad259ed5f19545f0f93cce1ce00ec6961774b91f3caf6f426b86fa1d'
 PIECE = 1 << 20  # characters that are encoded at once
 
 
