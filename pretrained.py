@@ -37,12 +37,12 @@ def is_pretrained(path, hub=False):
 def hugging_face_weights(model):
     """Views of a model's weights by Hugging Face's names, in its form: to copy from or into."""
     weights, c = model.state_dict(), model.config
-    if isinstance(model, GPT):  # there, these matrices are transposed: (in, out)
+    if isinstance(model, GPT):  # Hugging Face's matrices are transposed: (in, out)
         transposed = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
         return {name: weight.t() if name.endswith(transposed) else weight
                 for name, weight in weights.items()}
     parts = {'q_proj': c.n_head, 'k_proj': c.n_kv_head, 'v_proj': c.n_kv_head}  # in heads
-    for name in [name for name in weights if 'qkv_proj' in name]:  # there, it is three matrices
+    for name in [name for name in weights if 'qkv_proj' in name]:  # Hugging Face has three
         rows = weights.pop(name).split([heads * c.head_size for heads in parts.values()])
         weights |= {name.replace('qkv_proj', part): own for part, own in zip(parts, rows)}
     return weights
@@ -55,13 +55,13 @@ def read_pretrained(name):
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of reading: it would be on the screen before an error
+    logging.disable_progress_bar()  # of reading a file, which would precede an error message
     enable_progress_bars()  # of a download, which may be slow
     with user_errors(Exception, f'cannot read the model {name}',
                      'connect, get it again, or choose another folder or name'):
         kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
         if kind not in REQUIRED:
-            raise UserError(f'{name} has model_type={kind!r}: choose a {", ".join(REQUIRED)}')
+            raise UserError(f'{name} has model_type={kind!r}: choose one of {", ".join(REQUIRED)}')
         theirs = AutoConfig.from_pretrained(name, trust_remote_code=False)
     # Rotary settings are in a dict of their own; before transformers 5, only those of its scaling.
     rope = getattr(theirs, 'rope_parameters', None) or getattr(theirs, 'rope_scaling', None)

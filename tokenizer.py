@@ -141,7 +141,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_pieces(self, text, margin=1024):
         """As `Tokenizer.encode_pieces`: the library takes 150 times the memory of its text.
 
-        A piece is read with margins, and ends where a token begins even if these alone are read.
+        A piece is read with a margin on both sides. It ends where a token begins, if the library
+        finds the same beginning when it reads only the margins around it.
         """
         def read(start, end):
             start = max(0, start)
