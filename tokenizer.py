@@ -107,8 +107,8 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode_prompt(self, text):
         """As `encode`, but <|endoftext|> is the token, as in nanoGPT's prompts."""
-        first, *others = (self.encode(part) for part in text.split('<|endoftext|>'))
-        return np.concatenate([first, *(part for ids in others for part in ([self.eot], ids))])
+        parts = [np.append(self.encode(part), self.eot) for part in text.split('<|endoftext|>')]
+        return np.concatenate(parts)[:-1]
 
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids])
