@@ -28,7 +28,7 @@ import console
 import plot_loss
 import runtime
 from chat import question_ids
-from checkpoint import load_checkpoint, restore, save_run, starting_point
+from checkpoint import load_checkpoint, restore, save_run
 from configurator import check, override
 from console import Log, Progress, UsageError, UserError, hms
 from dataset import Dataset, evaluation_batches, training_batches
@@ -36,6 +36,7 @@ from llama import MODELS
 from model import MODEL_SIZES
 from muon import Muon
 from runtime import Ranks
+from start import starting_point
 from tokenizer import prompt_ids
 
 
@@ -261,22 +262,18 @@ def sample_text(model, tokenizer, cfg, device, amp):
     """A short sample of the current model, or its answer, each line after a bar."""
     encode = question_ids if tokenizer.chat_template else prompt_ids
     try:
-        prompt = torch.tensor([encode(tokenizer, cfg.sample_start)], device=device)
+        ids = encode(tokenizer, cfg.sample_start)
     except UserError as error:  # a character that the alphabet lacks, or tiktoken has no files
         return f'(no sample: {error})'
-    generator = torch.Generator(device).manual_seed(cfg.seed)
+    generator, prompt = torch.Generator(device).manual_seed(cfg.seed), torch.tensor([ids])
     with amp:
-        ids = model.generate(prompt, cfg.sample_tokens, 0.8, top_p=0.95, generator=generator,
-                             vocab_size=tokenizer.vocab_size)
-    ids = ids[0].tolist()
-    if tokenizer.chat_template:  # without the template, and what it would ask next
-        answer, _, _ = tokenizer.decode(ids[prompt.size(1) :]).partition(
-            tokenizer.decode([tokenizer.eot]))
-        text = f'{cfg.sample_start}\n{answer}'
-    else:
-        text = tokenizer.decode(ids)
-    text = console.printable(text.strip('\n'))
-    return ''.join(f'  | {line}\n' for line in text.split('\n'))
+        text = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
+                              generator=generator, vocab_size=tokenizer.vocab_size)[0].tolist()
+    shown = tokenizer.decode(text)
+    if tokenizer.chat_template:  # the answer alone, to its end
+        answer = tokenizer.decode(text[len(ids) :]).split(tokenizer.decode([tokenizer.eot]))[0]
+        shown = f'{cfg.sample_start}\n{answer}'
+    return ''.join(f'  | {line}\n' for line in console.printable(shown.strip('\n')).split('\n'))
 
 
 def train(cfg, catch_signals=False):
@@ -344,9 +341,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                       progress=progress)
     if cfg.eval_only:
         for name, loss in measure(raw, data.splits).items():
-            perplexity = math.inf if loss > 700 else math.exp(loss)
-            progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
-                                f'{loss / math.log(2):.4f} bits per token')
+            progress.print_line(f'{name}: loss {loss:.4f}, {loss / math.log(2):.4f} bits per token, '
+                                f'perplexity {math.inf if loss > 700 else math.exp(loss):.5g}')
         return None
     measure_best_again(run, raw, cfg, data, measure, progress)
     splits = {name: data.splits[name] for name in ('val', 'train')}
@@ -380,7 +376,6 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         if improved or (times and (stopping or is_kept or losses and cfg.always_save_checkpoint)):
             saved = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
                              improved, is_kept, is_evaluated=bool(losses))
-            ranks.wait()  # rank 0 is still writing; torchrun would end it if the others left
         if losses:
             if cfg.sample_tokens:
                 progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
@@ -403,8 +398,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         mfu = round(speed / peak_speed, 4) if peak_speed else None
         left = hms((seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1))
         line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {left} left, '
-                f'{speed:,.0f} tok/s, epoch {row["epochs"]:.2f}')
-        line += f', mfu {mfu:.1%}' if mfu else ''
+                f'{speed:,.0f} tok/s, epoch {row["epochs"]:.2f}'
+                + (f', mfu {mfu:.1%}' if mfu else ''))
         if progress.live:
             progress.show_progress((it + 1) / cfg.max_iters, line)
         elif it % cfg.log_interval == 0:
@@ -420,21 +415,19 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
                             f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. Try a lower '
-                            '--learning_rate, a smaller --grad_clip, or --dtype=float32 (on CUDA: '
-                            'TF32)')
+                            '--learning_rate, a smaller --grad_clip, or --dtype=float32')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
-    if stopping:
-        stop.received = stop.received or signal.SIGTERM  # perhaps another process received it
-    script = 'chat.py' if data.tokenizer.chat_template else 'sample.py'
-    print_end(cfg, run, saved, stopping, script, progress)
+    stop.received = stop.received or stopping * signal.SIGTERM  # perhaps another process's
+    print_end(cfg, run, saved, stopping, data.tokenizer, progress)
     return run['best_val_loss']
 
 
-def print_end(cfg, run, saved, stopping, script, progress):
+def print_end(cfg, run, saved, stopping, tokenizer, progress):
     """Print where the results are, and what to type next."""
     if not stopping:
+        script = 'chat.py' if tokenizer.chat_template else 'sample.py'
         script = os.path.relpath(Path(__file__).resolve().with_name(script))
         command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
         progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'

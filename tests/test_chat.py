@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import sys
 from contextlib import suppress
 from types import SimpleNamespace
@@ -518,13 +519,12 @@ def in_terminal(*args, typed, end):
     pid, terminal = pty.fork()
     if not pid:
         os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'chat.py'), *args])
-    shown, prompts = b'', 0
+    shown, keys = b'', [*(line.encode() + b'\n' for line in typed), end]
     with open(terminal, 'r+b', buffering=0) as terminal, suppress(OSError):  # closed at the end
-        while new := terminal.read(4096):
+        while select.select([terminal], [], [], 60)[0] and (new := terminal.read(4096)):
             shown += new
-            if shown.count(b'> ') > prompts:
-                prompts += 1
-                terminal.write(typed.pop(0).encode() + b'\n' if typed else end)
+            while keys and shown.count(b'> ') > len(typed) + 1 - len(keys):
+                terminal.write(keys.pop(0))
     return shown.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

@@ -241,7 +241,7 @@ SLIPS = {
         'model.py', 'lm_head(x[:, -1:])', 'lm_head(x[:, [-1]])'),
     'a prompt on the CPU': (
         TRAIN.format(RUN), None,
-        'train.py', 'cfg.sample_start)], device=device)', 'cfg.sample_start)])'),
+        'train.py', 'prompt.to(device)', 'prompt'),
     'a loss for each micro-batch': (
         TRAIN.format(SHORT), 'update',
         'train.py', 'loss / divisor)', 'loss / divisor + 0 * loss.item())'),

@@ -15,9 +15,10 @@ import console
 import prepare_text
 import sample
 import train
-from checkpoint import adapt_alphabet, load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model
 from console import UserError, atomic_file
 from model import GPT
+from start import adapt_alphabet
 from train import TrainConfig
 
 RUN = TINY | dict(max_iters=12, eval_interval=4)

@@ -132,7 +132,8 @@ def test_a_prompt_that_is_no_utf8(trained):
 
 
 def test_gpt2_state_needs_no_download():
-    assert GPT2Tokenizer().state() == {'type': 'gpt2', 'vocab_size': 50257}
+    assert GPT2Tokenizer().state() == {
+        'type': 'gpt2', 'vocab_size': 50257, 'chat_template': None}
 
 
 def test_a_missing_folder_is_not_looked_for_on_the_hub(folder):
