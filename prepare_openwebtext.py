@@ -161,7 +161,7 @@ class Output:
         for split in ('val', 'train'):
             final, size = os.path.join(folder, f'{split}.bin'), 2 * self.done[split]
             path = f'{final}.part'
-            if size and os.path.exists(final) and not os.path.exists(path):
+            if self.done['publishing'] and not os.path.exists(path) and os.path.exists(final):
                 os.replace(final, path)  # a run was killed while it gave the files their names
             file = self.files[split] = open(path, 'a+b')
             if file.tell() < size:
@@ -196,7 +196,7 @@ class Output:
 
     def publish(self, source):
         """Give the files their names, train.bin last."""
-        self.done['files'] += 1  # the last one
+        self.done['files'] = len(self.begun_with['files'])
         self.save()
         digest = hashlib.sha256()
         for split in ('train', 'val'):
@@ -204,6 +204,9 @@ class Output:
             hashlib.file_digest(self.files[split], lambda: digest)
         tokens = {split: self.done[split] for split in ('train', 'val')}
         write_meta(self.folder, TOKENIZER, source, digest.hexdigest(), tokens)
+        Path(self.folder, 'val.bin').unlink(missing_ok=True)
+        self.done['publishing'] = 1  # the old files are gone: from here on, a .bin file is ours
+        self.save()
         for file in self.files.values():
             file.close()
             os.replace(file.name, file.name.removesuffix('.part'))

@@ -477,7 +477,7 @@ def test_a_tar_is_removed_once_it_is_done(bpe, folder, monkeypatch):
     spy = lambda self: (save(self), seen.append({*os.listdir('data/web')}))  # noqa: E731
     monkeypatch.setattr(owt.Output, 'save', spy)
     assert prepare() == reference(documents)
-    assert [len(names & {*owt.SUBSETS}) for names in seen[-7:]] == [2, 2, 2, 1, 1, 1, 0]
+    assert [len(names & {*owt.SUBSETS}) for names in seen[-8:]] == [2, 2, 2, 1, 1, 1, 0, 0]
 
 
 def test_a_download_with_other_documents_is_told(bpe, folder, monkeypatch):
@@ -572,19 +572,54 @@ def test_a_gigabyte_takes_constant_memory(bpe, folder):
     assert 2e8 < json.loads(contents('data/bench')['meta.json'])['tokens']['train'] < 3e8
 
 
-def test_killed_while_the_files_get_their_names(bpe, folder, monkeypatch):
-    documents = make_documents(20)
+class Killed(BaseException):
+    """A process ends here: nothing handles this."""
+
+
+@pytest.mark.parametrize('deleted', [None, 'train.bin.part', 'val.bin.part'])
+def test_killed_at_any_step_of_publishing(bpe, folder, monkeypatch, deleted):
+    """The same command gives the new dataset or an error, never files of the old one."""
+    documents = make_documents(10)
     inner(documents)
-    replace = os.replace
+    monkeypatch.setattr(owt, 'SAVE_SECONDS', 0)
+    calls = {name: getattr(os, name) for name in ('replace', 'remove', 'unlink')}
 
-    def fail(old, new):
-        if new.endswith('train.bin'):
-            raise KeyboardInterrupt
-        replace(old, new)
+    def until_it_is_killed(name):
+        def call(*paths):
+            nonlocal steps
+            steps -= 1
+            if steps < 0:
+                raise Killed
+            calls[name](*paths)
+        return call
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'replace', fail)
-        with pytest.raises(KeyboardInterrupt):
-            prepare('--input=in')
-    assert 'train.bin' not in os.listdir('data/web') and 'val.bin' in os.listdir('data/web')
-    assert prepare('--input=in') == reference(documents)
+    results, limit = [], 0
+    while 'published' not in results:
+        limit, steps = limit + 1, limit
+        for name in ('train.bin', 'val.bin', 'test.bin', 'meta.json'):
+            write(f'data/web/{name}', b'old' * 1000)
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(os, name, until_it_is_killed(name))
+            with contextlib.suppress(Killed):
+                prepare('--input=in')
+                results.append('published')
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f'data/web/{deleted}')
+        try:
+            assert prepare('--input=in') == reference(documents)
+        except UserError as error:
+            assert deleted and f'{deleted} is shorter than' in str(error)
+            shutil.rmtree('data/web')
+    assert limit > 10
+
+
+def test_an_old_dataset_is_not_mixed_with_a_stopped_new_one(bpe, folder):
+    inner(make_documents(seed=2))
+    for name in ('train.bin', 'val.bin'):
+        write(f'data/web/{name}', b'old' * 100_000)
+    killed(3, '--input=in')
+    os.remove('data/web/train.bin.part')
+    with pytest.raises(UserError, match='train.bin.part is shorter than .*progress.json'):
+        prepare('--input=in')
+    assert contents('data/web')['train.bin'] == b'old' * 100_000
