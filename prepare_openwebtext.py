@@ -139,25 +139,43 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-class Output:
-    """train.bin.part, val.bin.part, and progress.json, which says what is in them.
+def identity(path):
+    """The size of a file and a hash of its first and last MB, by which we notice another one."""
+    size = os.path.getsize(path)
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return [size, digest.hexdigest()]
 
-    `done` counts tokens, documents and more, and says how far the input is done: whole files,
-    tasks of the next file, the share of it all. What a killed run wrote after that is cut off.
+
+class Output:
+    """train.bin.part, val.bin.part, and progress.json, which records how far they are complete.
+
+    `done` counts tokens, documents and more, and contains the position in the input: files that
+    are done, tasks that are done in the next file, and the fraction of it all. On a restart,
+    everything that was written later is cut off. So is the next file's part, if that file is no
+    longer the same one (`identity`): `file_start` is what `done` was at its beginning.
     """
 
     def __init__(self, cfg, folder, inputs):
-        self.begun_with = {'val_fraction': cfg.val_fraction, 'files': inputs}
-        self.downloads = [] if cfg.input else inputs
+        self.settings = {'val_fraction': cfg.val_fraction, 'files': inputs}
+        self.inputs, self.is_download = inputs, not cfg.input
         self.folder, self.path = folder, os.path.join(folder, 'progress.json')
-        self.done, self.files, self.saved = Counter(), {}, time.monotonic()
+        self.done, self.file_start, self.identity = Counter(), {}, None
+        self.files, self.saved = {}, time.monotonic()
         if os.path.exists(self.path):
             with open(self.path, encoding='utf-8') as file, reading(self.path):
-                before, done = json.load(file)
-            if before != self.begun_with:
-                raise UserError(f'{self.path} was begun with {shorten(str(before), 150)}, which '
-                                'is not the same now: put that back, or delete it to begin anew')
+                settings, done, self.file_start, self.identity = json.load(file)
             self.done.update(done)
+            if settings != self.settings or cfg.input and self.done['input_bytes'] != sum(
+                    map(os.path.getsize, inputs[: self.done['files']])):
+                raise UserError(f'{self.path} was begun with {shorten(str(settings), 150)}; these, '
+                                'or the sizes of files that were read, are not the same now: '
+                                'restore them, or delete it to start again')
+            path = inputs[self.done['files']] if self.done['tasks'] else ''
+            if os.path.exists(path) and identity(path) != self.identity:
+                self.done = Counter(self.file_start)
         for split in ('val', 'train'):
             final, size = os.path.join(folder, f'{split}.bin'), 2 * self.done[split]
             path = f'{final}.part'
@@ -168,8 +186,12 @@ class Output:
                 raise UserError(f'{path} is shorter than {self.path} says: delete both to restart')
             file.truncate(size)
 
-    def add(self, ids, figures, place):
-        """Write a task's ids, and note its place in the input."""
+    def add(self, ids, figures, position):
+        """Write a task's ids, and record the position in the input after it."""
+        files, tasks, fraction = position
+        if tasks == 1:
+            self.file_start = dict(self.done)
+            self.identity = identity(self.inputs[files])
         with user_errors(OSError, f'cannot write into {self.folder}',
                          'free some space, then type the same command again'):
             for split, file in self.files.items():
@@ -177,7 +199,9 @@ class Output:
         for split in self.files:
             self.done[split] += len(ids[split]) // 2
         self.done.update(figures)
-        self.done['files'], self.done['tasks'], self.done['share'] = place
+        self.done['input_bytes'] += sum(
+            map(os.path.getsize, self.inputs[self.done['files'] : files]))
+        self.done['files'], self.done['tasks'], self.done['fraction'] = position
         if time.monotonic() - self.saved >= SAVE_SECONDS:
             self.save()
 
@@ -188,15 +212,14 @@ class Output:
             for file in self.files.values():
                 flush_to_disk(file)
         with atomic_file(self.path) as file:
-            file.write(json.dumps([self.begun_with, self.done]).encode())
+            file.write(json.dumps([self.settings, self.done, self.file_start, self.identity]).encode())
         self.saved = time.monotonic()
-        for path in self.downloads[: self.done['files']]:  # no longer needed
+        for path in self.inputs[: self.done['files']] * self.is_download:  # no longer needed
             if os.path.exists(path):
                 os.remove(path)
 
     def publish(self, source):
         """Give the files their names, train.bin last."""
-        self.done['files'] = len(self.begun_with['files'])
         self.save()
         digest = hashlib.sha256()
         for split in ('train', 'val'):
@@ -247,17 +270,19 @@ def files_in(path):
 
 
 def results(cfg, pool, ahead, inputs, start, progress):
-    """(future of `tokenize`, (files, tasks, share) done with it) for all tasks after `start`."""
+    """(future of `tokenize`, (files, tasks, fraction) done with it) for all tasks after `start`."""
     pending = deque()
     for i in range(start['files'], len(inputs)):
         if not cfg.input and not os.path.exists(inputs[i]):
             download(inputs[i], progress)
-        for count, (name, task, share) in enumerate(tasks_in(inputs[i]), 1):
+        for count, (name, task, fraction) in enumerate(tasks_in(inputs[i]), 1):
             if (i, count) > (start['files'], start['tasks']):
-                place = i, count, (i + share) / len(inputs)
-                pending.append((pool.submit(tokenize, name, task, cfg.val_fraction), place))
+                position = i, count, (i + fraction) / len(inputs)
+                pending.append((pool.submit(tokenize, name, task, cfg.val_fraction), position))
             if len(pending) > ahead:
                 yield pending.popleft()
+        if pending:  # with the last task, the file is done
+            pending[-1] = pending[-1][0], (i + 1, 0, (i + 1) / len(inputs))
     yield from pending
 
 
@@ -276,15 +301,15 @@ def prepare(cfg):
     ):
         done, start, began = output.done, output.done.copy(), time.monotonic()
         if start['documents']:
-            progress.print_line(f'going on after {start["documents"]:,} documents that are done')
+            progress.print_line(f'continuing after {start["documents"]:,} documents that are done')
         try:
             TOKENIZER.bpe  # workers that are forked share it
             for future, place in results(cfg, pool, 4 * workers, inputs, start, progress):
                 output.add(*future.result(), place)
-                share, seconds = done['share'], time.monotonic() - began
-                left = hms(seconds * (1 - share) / max(1e-9, share - start['share']))
+                fraction, seconds = done['fraction'], time.monotonic() - began
+                left = hms(seconds * (1 - fraction) / max(1e-9, fraction - start['fraction']))
                 speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
-                progress.show(share, f'{share:.1%}, {speed:.1f} MB/s, {left} left, '
+                progress.show(fraction, f'{fraction:.1%}, {speed:.1f} MB/s, {left} left, '
                                      f'{done["documents"]:,} documents')
         except BrokenExecutor:
             raise UserError('a worker was killed, perhaps for lack of memory: the same command '

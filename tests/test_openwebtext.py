@@ -227,7 +227,7 @@ def test_killed_and_continued_is_the_same_and_nothing_is_done_twice(bpe, folder,
     assert contents('data/web')['train.bin'] == b'old'
     assert prepare('--input=in') == reference(documents)
     count = 4 * -(-len(documents) // 6) if form is inner else 44
-    assert f'going on after {count} documents' in capsys.readouterr().out
+    assert f'continuing after {count} documents' in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_in_good_order(bpe, folder):
@@ -266,6 +266,34 @@ def test_files_must_keep_their_names_and_a_damaged_one_may_be_mended(bpe, folder
     os.rename('in/z.tar', 'in/a.tar')
     write('in/b.tar', tars[1])
     assert prepare('--input=in') == reference(documents)
+
+
+def test_a_replaced_archive_is_read_from_its_start(bpe, folder, capsys):
+    """Another file of the same name and size is no reason to continue in its middle."""
+    documents = make_documents()
+    half = len(documents) // 2
+    outer_tar(documents)
+    archives = list(make_archives(documents[half:], subset=1))
+    killed(8, '--input=in')  # 6 of in/urlsf_subset00.tar, 2 of the next
+    size = os.path.getsize('in/urlsf_subset01.tar')
+    archives.reverse()
+    write('in/urlsf_subset01.tar', make_tar(archives))
+    assert os.path.getsize('in/urlsf_subset01.tar') == size
+    files = prepare('--input=in')
+    assert f'continuing after {half} documents' in capsys.readouterr().out
+    texts = [text for _, archive in archives for _, text in
+             owt.members(lzma.open(io.BytesIO(archive)), '.txt')]
+    assert sorted(texts) == sorted(documents[half:]) and texts != documents[half:]
+    assert files == reference(documents[:half] + texts)
+
+
+def test_an_archive_that_was_read_must_keep_its_size(bpe, folder):
+    documents = make_documents()
+    outer_tar(documents)
+    killed(8, '--input=in')
+    write('in/urlsf_subset00.tar', make_tar(make_archives(documents[:10], 1)))
+    with pytest.raises(UserError, match='progress.json was begun with .*not the same now'):
+        prepare('--input=in')
 
 
 def test_files_that_progress_json_does_not_fit(bpe, folder):
@@ -477,7 +505,7 @@ def test_a_tar_is_removed_once_it_is_done(bpe, folder, monkeypatch):
     spy = lambda self: (save(self), seen.append({*os.listdir('data/web')}))  # noqa: E731
     monkeypatch.setattr(owt.Output, 'save', spy)
     assert prepare() == reference(documents)
-    assert [len(names & {*owt.SUBSETS}) for names in seen[-8:]] == [2, 2, 2, 1, 1, 1, 0, 0]
+    assert [len(names & {*owt.SUBSETS}) for names in seen[-8:]] == [2, 2, 1, 1, 1, 0, 0, 0]
 
 
 def test_a_download_with_other_documents_is_told(bpe, folder, monkeypatch):
@@ -504,7 +532,7 @@ def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeyp
         before = contents('data/web')
         assert prepare() == reference(documents)
         assert web.asked == [(owt.SUBSETS[2], len(had) - 1)]
-        assert 'going on after' in capsys.readouterr().out
+        assert 'continuing after' in capsys.readouterr().out
         for name, content in before.items():
             write(f'data/web/{name}', content)
         os.remove('data/web/train.bin')
