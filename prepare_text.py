@@ -15,7 +15,10 @@ import http.client
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,9 @@ import console
 from configurator import override
 from console import UsageError, UserError, atomic_file
 from tokenizer import CharTokenizer, tokenizer_of
+
+# From a given byte on, over HTTPS only; a connection that is silent for 30 s counts as broken.
+CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --continue-at'.split()
 
 
 @dataclass
@@ -130,6 +136,24 @@ def fetch(dataset, url, looks_right):
         with atomic_file(path) as file:
             file.write(data)
     return path
+
+
+def download(url, path, print_line):
+    """Get a large file; continues `path`.part if a broken connection or a kill has left one."""
+    if not shutil.which(CURL[0]):
+        raise UserError(f'curl fetches {url}: install it, or give a copy with --input=FOLDER')
+    for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
+        time.sleep(wait)
+        print_line(f'fetching {url}')
+        with open(f'{path}.part', 'ab') as file:
+            start = file.truncate(max(0, file.tell() - 1))  # to ask for no byte is an error
+            # Through a pipe, which breaks if we are killed: so curl never outlives us.
+            with subprocess.Popen([*CURL, str(start), url], stdout=subprocess.PIPE) as curl:
+                shutil.copyfileobj(curl.stdout, file, 1 << 20)
+        if curl.returncode == 0:
+            return os.replace(f'{path}.part', path)
+    raise UserError(f'cannot fetch {url} (exit code {curl.returncode} of curl): the same command '
+                    'continues from here, or give a copy with --input=FOLDER')
 
 
 def main(argv):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -25,8 +26,8 @@ import pytest
 from conftest import ROOT, STORY, script
 from test_data import contents
 
-import console
 import prepare_openwebtext as owt
+import prepare_text
 from console import UsageError, UserError
 from tokenizer import GPT2Tokenizer
 
@@ -138,23 +139,63 @@ def inner(documents):
         write(f'in/{name}', data)
 
 
-def parquet(documents):
+def own_tar(documents):
+    files = [(f'texts/{i}.txt', document) for i, document in enumerate(documents)]
+    write('in/a.tar', make_tar([*files[:40], ('texts/notes.md', b'not this')]))
+    write('in/b.tar.xz', lzma.compress(make_tar(files[40:]), preset=0))
+
+
+def write_parquet(path, columns, **settings):
     pyarrow = pytest.importorskip('pyarrow')
     import pyarrow.parquet
 
-    os.mkdir('in')
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **settings)
+
+
+def parquet(documents):
     texts = [document.decode() for document in documents]
-    table = pyarrow.table({'n': [1] * len(texts), 'text': texts})
-    pyarrow.parquet.write_table(table, 'in/a.parquet')
+    write_parquet('in/a.parquet', {'n': range(len(texts)), 'text': texts})
     write('in/notes.md', b'not this')
     write('in/.hidden.parquet', b'nor this')
 
 
-@pytest.mark.parametrize('form', [outer_tar, outer_tar_xz, inner, parquet])
+@pytest.mark.parametrize('form', [outer_tar, outer_tar_xz, inner, own_tar, parquet])
 def test_every_form_gives_the_same(bpe, folder, form):
     documents = make_documents()
     form(documents)
     assert prepare('--input=in') == reference(documents)
+
+
+@pytest.mark.parametrize('kind', ['string', 'large_string'])
+def test_fineweb_edu_as_it_is_published(bpe, folder, kind):
+    """All its columns, null texts, and row groups that are larger than what is read at once."""
+    pyarrow = pytest.importorskip('pyarrow')
+    documents = make_documents()
+    texts = [text for document in documents for text in (document.decode(), None)]
+    n = len(texts)
+    columns = {
+        'text': pyarrow.array(texts, kind), 'id': [f'<urn:uuid:{i}>' for i in range(n)],
+        'dump': ['CC-MAIN-2024-10'] * n, 'url': [f'https://example.org/{i}' for i in range(n)],
+        'file_path': ['s3://commoncrawl/a.warc.gz'] * n, 'language': ['en'] * n,
+        'language_score': [0.9] * n, 'token_count': range(n), 'score': [3.1] * n,
+        'int_score': [3] * n,
+    }
+    write_parquet('in/sample/10BT/000_00000.parquet', columns, compression='zstd')
+    assert prepare('--input=in') == reference(documents)
+
+
+def test_parquet_without_texts_says_which_column_is_needed(bpe, folder, monkeypatch):
+    for columns in ({'content': ['a']}, {'text': [1]}, {'text': [['a']]}):
+        write_parquet('a.parquet', columns)
+        with pytest.raises(UserError, match="^'a.parquet' has no column `text` of str") as raised:
+            prepare('--input=a.parquet')
+        assert '\n' not in str(raised.value)
+    monkeypatch.setattr(owt, 'MAX_BYTES', 5000)
+    for texts in (['a' * 5001], ['a' * 500] * 11):
+        write_parquet('a.parquet', {'text': texts})
+        with pytest.raises(UserError, match="^'a.parquet' is .*more than 5,000 bytes"):
+            prepare('--input=a.parquet')
 
 
 def test_parquet_without_its_package_says_what_to_install(bpe, folder, monkeypatch):
@@ -268,32 +309,32 @@ def test_files_must_keep_their_names_and_a_damaged_one_may_be_mended(bpe, folder
     assert prepare('--input=in') == reference(documents)
 
 
-def test_a_replaced_archive_is_read_from_its_start(bpe, folder, capsys):
-    """Another file of the same name and size is no reason to continue in its middle."""
-    documents = make_documents()
-    half = len(documents) // 2
-    outer_tar(documents)
-    archives = list(make_archives(documents[half:], subset=1))
-    killed(8, '--input=in')  # 6 of in/urlsf_subset00.tar, 2 of the next
-    size = os.path.getsize('in/urlsf_subset01.tar')
-    archives.reverse()
-    write('in/urlsf_subset01.tar', make_tar(archives))
-    assert os.path.getsize('in/urlsf_subset01.tar') == size
-    files = prepare('--input=in')
-    assert f'continuing after {half} documents' in capsys.readouterr().out
-    texts = [text for _, archive in archives for _, text in
-             owt.members(lzma.open(io.BytesIO(archive)), '.txt')]
-    assert sorted(texts) == sorted(documents[half:]) and texts != documents[half:]
-    assert files == reference(documents[:half] + texts)
-
-
-def test_an_archive_that_was_read_must_keep_its_size(bpe, folder):
+@pytest.mark.parametrize('how', ['same size', 'shorter'])
+def test_a_replaced_archive_is_not_continued_in_its_middle(bpe, folder, how):
+    """Another file of the same name is told by what was read of the first one."""
     documents = make_documents()
     outer_tar(documents)
-    killed(8, '--input=in')
-    write('in/urlsf_subset00.tar', make_tar(make_archives(documents[:10], 1)))
-    with pytest.raises(UserError, match='progress.json was begun with .*not the same now'):
+    killed(8, '--input=in')  # 6 archives of in/urlsf_subset00.tar, 2 of the next
+    path = 'in/urlsf_subset01.tar'
+    with open(path, 'rb') as file:
+        whole = file.read()
+    archives = list(make_archives(documents[len(documents) // 2 :], subset=1))
+    write(path, make_tar(archives[::-1] if how == 'same size' else archives[:1]))
+    assert (os.path.getsize(path) == len(whole)) == (how == 'same size')
+    with pytest.raises(UserError, match=f'{path} is no longer .* delete data/web/progress'):
         prepare('--input=in')
+    write(path, whole)
+    assert prepare('--input=in') == reference(documents)
+
+
+def test_empty_texts_are_not_done_twice(bpe, folder, monkeypatch):
+    """The check sum of what was read tells one from none."""
+    documents = [b'', b'one two', b'', b'', b'', b'three', b''] * 5
+    own = make_tar([(f'{i}.txt', document) for i, document in enumerate(documents)])
+    write('a.tar', own)
+    for after in (4, 12):
+        killed(after, '--input=a.tar', '--val_fraction=0.5')
+    assert prepare('--input=a.tar', '--val_fraction=0.5') == reference(documents, 0.5)
 
 
 def test_files_that_progress_json_does_not_fit(bpe, folder):
@@ -364,18 +405,46 @@ def test_a_damaged_tar(bpe, folder):
 
 def test_more_than_memory_should_take_is_refused(bpe, folder, monkeypatch):
     monkeypatch.setattr(owt, 'MAX_BYTES', 100_000)
-    archive, = make_archives([b'a' * 100_001], 1)
-    write('a.tar', make_tar([archive]))
-    write('b.tar', make_tar([('b.xz', b'a' * 100_001)]))
-    for name in ('a.tar', 'b.tar'):
-        with pytest.raises(UserError, match=f'{name}.* is damaged .*is too large'):
+    for documents in ([b'a' * 100_001], [b'a' * 40_000] * 3):
+        write('a.tar', make_tar(make_archives(documents, 1)))
+        with pytest.raises(UserError, match="^'a.tar/open.*_data.xz' is .*more than 100,000"):
+            prepare('--input=a.tar')
+    write('b.xz', b'a' * 100_001)
+    for name in ('b.xz', 'b.txt'):
+        write('b.tar', make_tar([(name, b'a' * 100_001)]))
+        with pytest.raises(UserError, match="^'b.tar' is .*more than 100,000 bytes.*split it"):
+            prepare('--input=b.tar')
+    with pytest.raises(UserError, match="^'b.xz' is .*more than 100,000 bytes.*split it"):
+        prepare('--input=b.xz')
+    documents = [b'%d ' % i * 5_000 for i in range(40)]
+    write('c.tar', make_tar([(f'{i}.txt', document) for i, document in enumerate(documents)]))
+    assert prepare('--input=c.tar') == reference(documents)
+
+
+@pytest.mark.parametrize('form', [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_huge_name_is_not_read(bpe, folder, monkeypatch, form):
+    monkeypatch.setattr(owt, 'MAX_BYTES', 100_000)
+    tar = tarfile.TarInfo('x' * 150_000 + '.txt').tobuf(form) + bytes(1024)
+    write('a.tar', tar)
+    write('b.xz', lzma.compress(tar))
+    for name in ('a.tar', 'b.xz'):
+        with pytest.raises(UserError, match=f"^'{name}' is .*more than 100,000 bytes") as raised:
             prepare(f'--input={name}')
+        assert len(str(raised.value)) < 300
+
+
+def test_a_negative_size_is_no_endless_loop(bpe, folder):
+    member = tarfile.TarInfo('a.md')
+    member.pax_headers = {'size': '-1536'}  # the next header is then this one again
+    write('a.tar', member.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="^'a.md' in 'a.tar' is .*broken"):
+        prepare('--input=a.tar')
 
 
 def test_invalid_utf8_is_repaired_and_counted(bpe, folder, capsys):
     documents = [b'good', b'caf\xe9 \xff', b'\xe2\x80', 'gut für'.encode()]
     write('a.tar', make_tar(make_archives(documents, 2)))
-    assert prepare('--input=a.tar') == reference(documents)
+    assert prepare('--input=a.tar', '--val_fraction=0.5') == reference(documents, 0.5)
     assert '2 repaired' in capsys.readouterr().out
 
 
@@ -383,21 +452,82 @@ def test_names_in_archives_are_no_paths(bpe, folder):
     names = ['../../escape.txt', '/tmp/escape-from-tar.txt', 'a\n\x1b[31m.txt', 'x' * 300 + '.txt']
     data = io.BytesIO(make_tar([(name, name[:5].encode()) for name in names]))
     with tarfile.open(fileobj=data, mode='a') as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
+        for kind in (tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
             member = tarfile.TarInfo('link.txt')
             member.type, member.linkname = kind, '/etc/passwd'
             tar.addfile(member)
     archives = [('../../../escape_data.xz', lzma.compress(data.getvalue()))]
     write('here/a.tar', make_tar(archives))
     before = sorted(os.listdir('..')), sorted(os.listdir('.'))
-    expected = reference([name[:5].encode() for name in names])
-    assert prepare('--input=here/a.tar') == expected
+    expected = reference([name[:5].encode() for name in names], 0.7)
+    assert prepare('--input=here/a.tar', '--val_fraction=0.7') == expected
     assert (sorted(os.listdir('..')), sorted([*before[1], 'data'])) == (
         before[0], sorted(os.listdir('.')))
     assert not os.path.exists('/tmp/escape-from-tar.txt')
     write('here/a.tar', make_tar([('../\n.xz', b'')]))
     with pytest.raises(UserError, match=r"^'a.tar/../\\n.xz' is damaged"):
         prepare('--input=here/a.tar')
+
+
+def sparse_gnu():
+    """Two members of a tar, one sparse in GNU's old format: 1 MB of zeros, then 'end'."""
+    member = tarfile.TarInfo('b.txt')
+    member.type, member.size = tarfile.GNUTYPE_SPARSE, 3
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b'%011o\0%011o\0' % (1 << 20, 3)  # the map of what is stored
+    header[483:495] = b'%011o\0' % ((1 << 20) + 3)
+    header[148:156] = b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header)
+    return bytes(header) + b'end'.ljust(512, b'\0')
+
+
+def sparse_pax():
+    """The same in the format of today's GNU tar with --format=pax --sparse."""
+    member, content = tarfile.TarInfo('GNUSparseFile.0/b.txt'), b'1\n1048576\n3\n'.ljust(512, b'\0')
+    member.size, member.pax_headers = len(content) + 3, {
+        'GNU.sparse.major': '1', 'GNU.sparse.minor': '0', 'GNU.sparse.name': 'b.txt',
+        'GNU.sparse.realsize': '1048579'}
+    return member.tobuf(tarfile.PAX_FORMAT) + content + b'end'.ljust(512, b'\0')
+
+
+def hard_link():
+    member = tarfile.TarInfo('b.txt')
+    member.type, member.linkname = tarfile.LNKTYPE, 'a.txt'
+    return member.tobuf()
+
+
+def unknown():
+    member = tarfile.TarInfo('b.txt')
+    member.type, member.size = b'M', 3  # continued from another volume
+    return member.tobuf() + b'end'.ljust(512, b'\0')
+
+
+@pytest.mark.parametrize('kind', [sparse_gnu, sparse_pax, hard_link, unknown])
+def test_texts_that_are_no_plain_files_are_refused_by_name(bpe, folder, kind):
+    tar = make_tar([('a.txt', b'a text')])[:1024] + kind() + bytes(1024)
+    write('own.tar', tar)
+    write('a.xz', lzma.compress(tar))
+    for name in ('own.tar', 'a.xz'):
+        with pytest.raises(UserError, match=f"^'b.txt' in '{name}' is a hard .*: pack") as raised:
+            prepare(f'--input={name}')
+        assert '\n' not in str(raised.value)
+    assert not os.path.exists('data/web')
+
+
+def test_a_split_that_is_too_short_to_use_is_refused(bpe, folder):
+    """The remedy helps, although a stopped run may not change its val_fraction."""
+    documents = [b'number %d' % i for i in range(50)]
+    write('a.tar', make_tar(make_archives(documents)))
+    write('data/web/train.bin', b'old')
+    for flags, words in [([], 'a.tar has 50 documents, val gets 0 .* larger --val_f.*0.0005'),
+                         (['--val_fraction=0.9999'], 'train gets 0 .* smaller --val_f.*0.9999')]:
+        with pytest.raises(UserError, match=words) as raised:
+            owt.main(['--dataset=web', '--num_proc=1', '--input=a.tar', *flags])
+        assert '\n' not in str(raised.value) and contents('data/web') == {'train.bin': b'old'}
+    assert prepare('--input=a.tar') == reference(documents)
+    write('a.tar', make_tar([('a.txt', b'one'), ('b.txt', b'')]))
+    with pytest.raises(UserError, match='has 2 documents, val gets 1 tokens: add'):
+        prepare('--input=a.tar')
 
 
 def test_errors_are_one_line(bpe, folder):
@@ -409,15 +539,16 @@ def test_errors_are_one_line(bpe, folder):
         (['--input=empty'], UsageError, 'empty is missing or has'),
         (['--num_proc=-1'], UsageError, 'num_proc=-1'),
         (['--val_fraction=1'], UsageError, 'val_fraction=1.0'),
+        (['--val_fraction=0'], UsageError, 'val_fraction=0.0 must be above 0'),
         (['--dataset=a/b'], UsageError, "dataset='a/b'"),
     ]:
         with pytest.raises(kind, match=words) as raised:
             owt.main(flags)
         assert '\n' not in str(raised.value)
-    write('z.tar', make_tar([('a.txt', b'')]))
+    write('z.tar', make_tar([('a.md', b'text')]))
     done = script('prepare_openwebtext.py', '--input=z.tar', '--num_proc=1')
     assert done.returncode == 1 and done.stdout == ''
-    assert re.fullmatch('error: z.tar has no documents: .*\n', done.stderr)
+    assert re.fullmatch('error: z.tar has no documents, .*: add .txt files .*\n', done.stderr)
     assert not os.path.exists('data/openwebtext')
 
 
@@ -443,6 +574,49 @@ def test_a_full_disk_is_one_line_and_continues(bpe, folder, monkeypatch):
     assert prepare('--input=in') == reference(documents)
 
 
+class FullDisk(io.FileIO):
+    """A file on a disk that is full after `left` bytes."""
+
+    left = 0
+
+    def write(self, data):
+        FullDisk.left -= len(data)
+        if FullDisk.left < 0:
+            raise OSError(28, 'No space left on device')
+        return super().write(data)
+
+
+@pytest.mark.parametrize('source', ['own', 'published'])
+def test_a_disk_that_is_full_at_any_byte(bpe, folder, monkeypatch, source):
+    documents = make_documents()
+    web = Web(monkeypatch, published(documents, monkeypatch))
+    flags = []
+    if source == 'own':
+        inner(documents)
+        flags = ['--input=in']
+    for FullDisk.left in range(0, 40_000, 8_000):
+        with monkeypatch.context() as patch:
+            for module in (owt, prepare_text):
+                patch.setattr(module, 'open', lambda path, *args, **more: io.BufferedRandom(
+                    FullDisk(path, 'a+')) if 'a' in args[0] else open(path, *args, **more),
+                    raising=False)
+            with pytest.raises(UserError, match='No space left .*run this again') as raised:
+                prepare(*flags)
+        assert '\n' not in str(raised.value)
+    assert prepare(*flags) == reference(documents) and (flags or web.asked)
+
+
+def test_a_slip_in_the_code_keeps_its_traceback(bpe, folder, monkeypatch):
+    inner(make_documents(10))
+
+    def slip(text):
+        raise ValueError('a slip')
+
+    monkeypatch.setattr(owt.TOKENIZER, 'encode', slip)
+    with pytest.raises(ValueError, match='^a slip$'):
+        prepare('--input=in')
+
+
 def test_two_at_once_are_refused(bpe, folder):
     fcntl = pytest.importorskip('fcntl')
     inner(make_documents(20))
@@ -459,14 +633,14 @@ class Web:
 
     def __init__(self, monkeypatch, files, limit=None):
         self.files, self.limit, self.asked, self.fail = files, limit, [], set()
-        monkeypatch.setattr(owt.shutil, 'which', lambda name: name)
-        monkeypatch.setattr(owt.subprocess, 'Popen', self.open)
-        monkeypatch.setattr(owt.time, 'sleep', lambda seconds: None)
+        monkeypatch.setattr(shutil, 'which', lambda name: name)
+        monkeypatch.setattr(subprocess, 'Popen', self.open)
+        monkeypatch.setattr(time, 'sleep', lambda seconds: None)
 
     @contextlib.contextmanager
     def open(self, command, stdout):
         *curl, start, url = command
-        assert curl == owt.CURL and url.startswith(owt.URL) and stdout == subprocess.PIPE
+        assert curl == prepare_text.CURL and url.startswith(owt.URL) and stdout == subprocess.PIPE
         name, start = url.removeprefix(owt.URL), int(start)
         self.asked.append((name, start))
         rest = b'' if name in self.fail else self.files[name][start:]
@@ -522,7 +696,7 @@ def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeyp
     documents = make_documents()
     web = Web(monkeypatch, published(documents, monkeypatch))
     web.fail = {owt.SUBSETS[2]}
-    with pytest.raises(UserError, match='subset02.tar .exit code 6.*the same command goes on'):
+    with pytest.raises(UserError, match='subset02.tar .exit code 6.*the same command continues'):
         prepare()
     assert len([name for name, _ in web.asked if name == owt.SUBSETS[2]]) == 8
     data = web.files[owt.SUBSETS[2]]
@@ -557,27 +731,29 @@ def test_curl_goes_on_where_a_file_ended(folder, monkeypatch):
 
     if not shutil.which('curl'):
         pytest.skip('there is no curl here')
-    monkeypatch.setattr(owt.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     with http.server.HTTPServer(('127.0.0.1', 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(owt, 'URL', f'http://127.0.0.1:{server.server_port}/')
+        url = f'http://127.0.0.1:{server.server_port}/a.tar'
         with pytest.raises(UserError, match='exit code 1 of curl'):  # HTTPS alone
-            owt.download('a.tar', console.Progress())
+            prepare_text.download(url, 'a.tar', print)
         assert not asked
-        monkeypatch.setattr(owt, 'CURL', [word.replace('=https', '=http') for word in owt.CURL])
-        owt.download('a.tar', console.Progress())
+        command = [word.replace('=https', '=http') for word in prepare_text.CURL]
+        monkeypatch.setattr(prepare_text, 'CURL', command)
+        prepare_text.download(url, 'a.tar', print)
         server.shutdown()
     assert asked == [0, 99_999, 199_998] and contents('.') == {'a.tar': data}
 
 
 def test_without_curl_it_says_so(bpe, folder, monkeypatch):
-    monkeypatch.setattr(owt.shutil, 'which', lambda name: None)
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
     with pytest.raises(UserError, match='curl fetches https://.*install it, or .*--input'):
         prepare()
 
 
 def test_progress_where_there_is_no_terminal(bpe, folder, monkeypatch, capsys):
-    monkeypatch.setattr(owt.console.Progress, 'show', lambda self, fraction, text: self.print_line(text))
+    show = lambda self, fraction, text: self.print_line(text)  # noqa: E731
+    monkeypatch.setattr(owt.console.Progress, 'show', show)
     documents = make_documents()
     inner(documents)
     prepare('--input=in')
@@ -597,7 +773,7 @@ def test_a_gigabyte_takes_constant_memory(bpe, folder):
                 bench.add(tar, f'{i}/{name}', data)
     _, _, peak = bench.run_script('urlsf_subset00.tar', '.', num_proc=2)
     assert peak['processes'] >= 3 and peak['rss'] < 1000
-    assert 2e8 < json.loads(contents('data/bench')['meta.json'])['tokens']['train'] < 3e8
+    assert 1.8e8 < json.loads(contents('data/bench')['meta.json'])['tokens']['train'] < 2.7e8
 
 
 class Killed(BaseException):
@@ -609,7 +785,6 @@ def test_killed_at_any_step_of_publishing(bpe, folder, monkeypatch, deleted):
     """The same command gives the new dataset or an error, never files of the old one."""
     documents = make_documents(10)
     inner(documents)
-    monkeypatch.setattr(owt, 'SAVE_SECONDS', 0)
     calls = {name: getattr(os, name) for name in ('replace', 'remove', 'unlink')}
 
     def until_it_is_killed(name):
