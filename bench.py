@@ -24,6 +24,7 @@ import console
 import prepare_text
 import runtime
 from configurator import override
+from console import UserError
 from model import GPT, GPTConfig
 from prepare_wizard_char import RETOLD
 from quantize import prepare_for_sampling
@@ -43,7 +44,7 @@ class BenchConfig:
 def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
     """tokens/s and MFU as log.csv has them, after the first rows."""
     os.chdir(tempfile.mkdtemp(dir='.'))  # where no other rank prepares the dataset
-    prepare_text.prepare(prepare_text.read_text([RETOLD]), 'story', tokenizer)
+    prepare_text.prepare(prepare_text.read_text(RETOLD), 'story', tokenizer)
     train(TrainConfig(
         **settings, batch_size=cfg.batch_size or batch_size, dataset='story', out_dir='../out',
         device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, max_iters=updates,
@@ -52,27 +53,29 @@ def bench_training(cfg, updates, batch_size, tokenizer='char', **settings):
     ))
     # The last row only evaluates.
     log = np.genfromtxt('../out/log.csv', delimiter=',', names=True)[3:-1]
-    speed, mfu = np.median(log['tokens_per_s']), np.median(log['mfu'])
-    return f'{speed:,.0f} tok/s', 'n/a' if np.isnan(mfu) else f'{mfu:.1%}'
+    mfu = f'{np.median(log["mfu"]):.1%}' if 'mfu' in log.dtype.names else 'n/a'
+    return f'{np.median(log["tokens_per_s"]):,.0f} tok/s', mfu
 
 
 def bench_sampling(cfg, prompt=1, new=100, samples=1, quantize='', **shape):
     """New tokens/s over all samples; for a long prompt, prompt tokens/s."""
     device, dtype = runtime.device_and_dtype(cfg)
     runtime.set_speed_options()
-    model = prepare_for_sampling(GPT(GPTConfig(**shape)), device, dtype, quantize)
+    model = GPT(GPTConfig(**shape))
+    amp = prepare_for_sampling(model, device, dtype, quantize)
     speeds = []
     for _ in range(6):
         idx = torch.randint(65, (samples, prompt), device=device)
         began = time.perf_counter()
-        model.generate(idx, new, top_k=200).cpu()
+        with amp:
+            model.generate(idx, new, top_k=200).cpu()
         speeds.append(max(prompt, samples * new) / (time.perf_counter() - began))
     return f'{np.median(speeds[1:]):,.0f} tok/s', ''
 
 
 def bench_preparing(cfg, tokenizer, copies):
     """MB of UTF-8 text that become .bin files in a second."""
-    text = prepare_text.read_text([RETOLD]) * copies
+    text = prepare_text.read_text(RETOLD) * copies
     began = time.perf_counter()
     prepare_text.prepare(text, 'story', tokenizer)
     return f'{len(text.encode()) / 1e6 / (time.perf_counter() - began):,.1f} MB/s', ''
@@ -108,7 +111,10 @@ def measure(cfg):
     figures = function(cfg, **arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == 'darwin' else 1024  # bytes there, KiB elsewhere
-    memory = f'{(torch.cuda.max_memory_allocated() or peak) / 2**30:.2f} GiB'
+    device, _ = runtime.device_and_dtype(cfg)
+    if device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated(device)
+    memory = f'{peak / 2**30:.2f} GiB'
     if ranks.rank == ranks.world_size - 1:
         name = f'{cfg.row}, {ranks.world_size} processes' if 'shard' in arguments else cfg.row
         print('| ' + ' | '.join((name, *figures, memory)) + ' |')
@@ -120,21 +126,28 @@ def main(argv):
         return measure(cfg)
     device, dtype = runtime.device_and_dtype(cfg)
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
-    chosen = [name for name in ROWS if cfg.only in name and (gpus or 'CUDA' not in name)]
+    chosen = [name for name in ROWS if cfg.only in name]
     if not chosen:
-        raise console.UsageError(f'only={cfg.only!r} is in no name: choose from {"; ".join(ROWS)}')
+        raise UserError(f'only={cfg.only!r} is in no name: choose from {"; ".join(ROWS)}')
+    if not gpus:
+        chosen = [name for name in chosen if 'CUDA' not in name]
+    if not chosen:
+        raise UserError(f'only={cfg.only!r}: these rows need an NVIDIA GPU, and the device is {device}')
     hardware = torch.cuda.get_device_name(device) if gpus else f'{os.cpu_count()} cores'
     print(f'torch {torch.__version__}, {device} ({hardware}), {str(dtype).split(".")[1]}\n')
     print('| work | speed | MFU | peak memory |\n|---|---|---|---|', flush=True)
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus or 2}']
+    torchrun, failed = ['-m', 'torch.distributed.run', '--standalone'], []
     for name in chosen:
-        launcher = torchrun if 'sharded' in name else []
+        launcher = [*torchrun, f'--nproc_per_node={gpus or 2}'] if 'sharded' in name else []
         flags = [f'--{key}={value}' for key, value in (vars(cfg) | {'row': name}).items()]
         command = [sys.executable, *launcher, os.path.abspath(__file__), *flags]
         with tempfile.TemporaryDirectory() as folder:
             result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, encoding='utf-8')
         row = re.search(r'^\| .*', result.stdout, re.M)
         print(row.group() if row else f'| {name} | failed, see above | | |', flush=True)
+        failed += [] if row else [name]
+    if failed:
+        raise UserError(f'no figures of {", ".join(failed)}: see what is printed above')
 
 
 if __name__ == '__main__':

@@ -18,11 +18,11 @@ import runtime
 from console import (
     Progress, UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
 )
-from dataset import read_meta
 from llama import MODELS, class_and_config
 from model import Bigram
+from prepare_text import read_meta
 from pretrained import is_pretrained, read_pretrained
-from tokenizer import tokenizer_from, tokenizer_of
+from tokenizer import gives_same_ids, tokenizer_from, tokenizer_of
 
 
 def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improved, is_kept,
@@ -135,11 +135,15 @@ def load_model(path, hub=False):
     hub: also accept a name there (gpt2, owner/name) if no such folder exists. Raises UserError.
     """
     if is_pretrained(path, hub):
-        return read_pretrained(path), tokenizer_of(path)
-    checkpoint = load_checkpoint(path)
-    cls, config = class_and_config(checkpoint['config'], checkpoint['model_args'])
-    model = runtime.new_model(cls, config, checkpoint['model'], torch.device('cpu'))
-    return model, tokenizer_from(checkpoint['tokenizer'])
+        tokenizer, model = tokenizer_of(path), read_pretrained(path)
+    else:
+        checkpoint = load_checkpoint(path)
+        cls, config = class_and_config(checkpoint['config'], checkpoint['model_args'])
+        model = runtime.new_model(cls, config, checkpoint['model'], torch.device('cpu'))
+        tokenizer = tokenizer_from(checkpoint['tokenizer'])
+    if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+        raise UserError(f'the weights of {path} are not finite: use another checkpoint')
+    return model, tokenizer
 
 
 # --- where a run starts: each returns (cfg, class, config, weights, checkpoint)
@@ -169,7 +173,7 @@ def resumed(cfg, tokenizer, ranks):
     path = cfg.init_from.partition(':')[2] or own
     ranks.agree_on_file(path)
     checkpoint = load_checkpoint(path, mmap=cfg.shard and not ranks.is_main)
-    if checkpoint['tokenizer'] != tokenizer.state():
+    if not gives_same_ids(checkpoint['tokenizer'], tokenizer.state()):
         raise UserError(f'{path} was trained on other tokens than data/{cfg.dataset} has: prepare '
                         'that as it was; or, to continue with other characters in a new run, add '
                         f'--init_from={path} and another --out_dir')
@@ -207,7 +211,7 @@ def from_weights(cfg, tokenizer, ranks):
     else:
         config.block_size = cfg.block_size
         weights['transformer.wpe.weight'] = wpe[: cfg.block_size]
-    if theirs != state:
+    if not gives_same_ids(theirs, state):
         if not theirs['type'] == state['type'] == 'char' or cls is Bigram:
             name = theirs['type'].replace('huggingface', 'FOLDER')
             raise UserError(f'{cfg.init_from} was trained on {theirs["type"]} tokens, the dataset '
@@ -235,7 +239,7 @@ def adapt_alphabet(weights, theirs, ours):
         weights[key] = torch.where(old[:, None] < 0, drawn, weights[key][old])
 
 
-def starting_point(cfg, tokenizer, ranks, device, progress):
+def starting_point(cfg, tokenizer, ranks, device, dtype, progress):
     """Where `cfg` says to start: (cfg with the model's shape, the model, the checkpoint).
 
     The checkpoint is that of a run to resume, or None. Raises UserError.
@@ -249,7 +253,7 @@ def starting_point(cfg, tokenizer, ranks, device, progress):
         cfg, cls, config, weights, checkpoint = from_weights(cfg, tokenizer, ranks)
     if hasattr(config, 'dropout'):  # a checkpoint has another one's
         config.dropout = cfg.dropout
-    model = runtime.new_model(cls, config, weights, device, cfg.shard, cfg.seed)
+    model = runtime.new_model(cls, config, weights, device, dtype, cfg.shard, cfg.seed)
     shape = {name: value for name, value in vars(config).items()
              if hasattr(cfg, name) and name != 'block_size'}  # a window may be shorter
     shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)

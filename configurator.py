@@ -16,6 +16,7 @@ import runpy
 import sys
 from contextlib import suppress
 from dataclasses import fields, replace
+from textwrap import shorten
 from typing import get_args
 
 from console import UsageError
@@ -28,9 +29,10 @@ def override(config, argv, usage=''):
     """Return a copy of the dataclass `config` with the files and flags of `argv` applied.
 
     A flag is --key=value; a bare --flag means true. Dashes in a flag's name count as underscores.
-    A field's metadata may say which others it `resets` to None. `--help` prints `usage` and every
-    setting with its default and reason, and exits. Raises UsageError for a broken file, an unknown
-    name or a value of the wrong type.
+    A text of \\n alone, once or more, means line breaks; elsewhere a backslash is one. A field's
+    metadata may say which others it `resets` to None. `--help` prints `usage` and every setting
+    with its default and reason, and exits. Raises UsageError for a broken file, an unknown name or
+    a value of the wrong type.
     """
     if '--help' in argv or '-h' in argv:
         print(f'{(usage or "").strip()}\n\n{describe(config)}')  # python -OO has no docstrings
@@ -51,8 +53,10 @@ def override(config, argv, usage=''):
                 raise UsageError(f'{flag} needs a value: write {flag}=VALUE, with no space')
             if is_flag and str not in allowed:
                 value = parsed(text if equals else 'true')
+            elif is_flag and not text.replace('\\n', ''):  # a shell passes \n as two characters
+                value = text.replace('\\n', '\n')
             values |= dict.fromkeys(known[name].metadata.get('resets', ()))
-            values[name] = checked(value, allowed, f'{arg}: {name}={value!r}')
+            values[name] = checked(value, allowed, f'{arg}: {name}={shorten(repr(value), 80)}')
     return replace(config, **values)
 
 
@@ -108,6 +112,18 @@ def checked(value, allowed, shown):
     if type(value) in allowed:
         return value
     raise UsageError(f'{shown} must be {" or ".join(WORDS[kind] for kind in allowed)}')
+
+
+def check(config, at_least_1='', below_1='', **choices):
+    """Refuse settings that are negative or not among their `choices`. Raises UsageError."""
+    for name, value in vars(config).items():
+        if name in choices and value not in choices[name]:
+            raise UsageError(f'{name}={value!r} must be one of {[*choices[name]]}')
+        least = 1 if name in at_least_1.split() else 0
+        if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
+            raise UsageError(f'{name} is {value}: it must be at least {least}')
+        if name in below_1.split() and value >= 1:
+            raise UsageError(f'{name} is {value}: it must be below 1')
 
 
 def describe(config):

@@ -6,6 +6,7 @@ Nothing here imports torch, so that scripts which only prepare text start at onc
 import contextlib
 import csv
 import errno
+import importlib
 import io
 import os
 import re
@@ -48,6 +49,17 @@ def user_errors(kinds, failed, remedy, when=lambda error: True):
             raise
         why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
         raise UserError(f'{failed} ({shorten(why, 160)}): {remedy}') from error
+
+
+def optional(name, oldest):
+    """Import an optional package. Raises UserError if it is missing, or older than was tried."""
+    remedy = f"pip install '{name}>={oldest}'"
+    with user_errors(ImportError, f'{name} is missing', remedy):
+        module = importlib.import_module(name)
+    version = getattr(module, '__version__', oldest)
+    if [*map(int, re.findall(r'\d+', version)[:2])] < [*map(int, oldest.split('.'))]:
+        raise UserError(f'{name} {version} is too old: {remedy}')
+    return module
 
 
 def run(main):
@@ -145,7 +157,7 @@ def locked(folder, wait=False):
                 raise UserError(f'another process is writing into {folder}: wait for it, or '
                                 'choose another folder') from None
             for leftover in Path(folder).glob(f'*.{"[0-9a-f]" * 8}.tmp'):  # of a killed process
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
         if handle is not None:
@@ -211,8 +223,7 @@ class Log:
                              if int(row['iteration']) <= run['iter_num']]
                 self.last = int(self.rows[-1]['iteration']) if self.rows else None
         if enabled and cfg.wandb_log:
-            with user_errors(ImportError, 'wandb is missing', 'pip install wandb'):
-                import wandb
+            wandb = optional('wandb', '0.18')
             with user_errors(Exception, 'wandb cannot start', 'type: wandb login'):
                 self.wandb = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name,
                                         config=vars(cfg), id=run['wandb_id'], resume='allow')
@@ -310,7 +321,7 @@ class Progress:
             discard_output()
         Progress.on_screen = not end
 
-    def show(self, fraction, text):
+    def show_progress(self, fraction, text):
         """Show `text` behind a bar, of which `fraction` is full, cut to the terminal's width."""
         if time.perf_counter() - self.shown < (0.1 if self.live else 10):
             return

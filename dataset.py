@@ -6,42 +6,14 @@ split.
 """
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import console
 from console import UserError
+from prepare_text import make_dataset, read_meta
 from tokenizer import tokenizer_from
-
-# Commands that make these datasets if they are missing.
-PREPARE = {
-    'wizard_char': 'prepare_wizard_char.py',
-    'shakespeare_char': 'prepare_shakespeare_char.py',
-    'shakespeare': 'prepare_shakespeare_char.py --dataset=shakespeare --tokenizer=gpt2',
-}
-
-
-def read_meta(folder):
-    """The contents of meta.json. nanoGPT writes none for GPT-2 ids: a missing one means those."""
-    try:
-        meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
-        if not {'type', 'vocab_size'} <= meta['tokenizer'].keys():
-            raise ValueError('its tokenizer has no type or no vocab_size')
-        return meta
-    except FileNotFoundError:
-        if os.path.exists(f'{folder}/meta.pkl'):
-            raise UserError(f'{folder}/meta.pkl is a pickle, which could run code, and is not '
-                            'read: prepare the dataset with prepare_text.py') from None
-        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f'{folder}/meta.json is broken ({error}): prepare it again') from None
-
 
 class Split:
     """One .bin file."""
@@ -149,19 +121,3 @@ class Dataset:
             with open(os.path.join(folder, 'val.bin'), 'rb') as file:
                 self.sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
         ranks.agree(f'the sha256 of {folder}', self.sha256)
-
-
-def make_dataset(name, folder):
-    """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
-    if name not in PREPARE:
-        found = (path.parent.name for path in Path('data').glob('*/train.bin'))
-        raise UserError(f'the dataset {folder} is missing: choose one of '
-                        f'{", ".join(sorted({*PREPARE, *found}))}, or make it with python '
-                        f'prepare_text.py your.txt --dataset={name} (for openwebtext, which is '
-                        '12 GB, with prepare_openwebtext.py)')
-    with console.locked('data', wait=True):  # another process may be making it right now
-        if os.path.exists(os.path.join(folder, 'train.bin')):
-            return
-        script, *args = PREPARE[name].split()
-        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
-            raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')

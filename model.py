@@ -4,11 +4,11 @@
     logits, loss = model(idx, targets)             # each position predicts the next token
     idx = model.generate(idx, max_new_tokens=100)  # one token after another
 
-Read it from top to bottom: config, layers, attention, MLP, block, GPT, loss; then sampling; then
-`Bigram`, the smallest language model there is. The file needs only torch, so it can be copied.
+From top to bottom: config, layers, attention, MLP, block, GPT, loss; then sampling; then `Bigram`,
+the smallest language model there is. The file needs only torch, so it can be copied.
 
 The architecture is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners". Attention: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762.
+Learners". Attention is from Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762.
 """
 
 import math
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
 
 def check_sizes(config):
     """Raise ValueError for sizes that no model can have."""
@@ -76,8 +76,8 @@ class Embedding(nn.Embedding):
 def residual_std(config):
     """Standard deviation for a projection that adds to the residual stream.
 
-    Each block adds to it twice. Those 2 * n_layer projections start smaller by sqrt(2 * n_layer),
-    so that the variance of their sum does not grow with depth.
+    Each block has two of them. They start smaller by sqrt(2 * n_layer), so that the variance of
+    their sum does not grow with depth.
     """
     return 0.02 / math.sqrt(2 * config.n_layer)
 
@@ -85,10 +85,10 @@ def residual_std(config):
 def attention(q, k, v, dropout=0.0):
     """Causal attention: softmax(q k^T / sqrt(head_size) + mask) v.
 
-    q: (B, n_head, T, head_size); k, v: (B, n_head, S, head_size), S >= T. The queries belong to
-    the last T of the S positions. Returns (B, n_head, T, head_size). Each query scores all keys;
-    the mask hides those after its own position; softmax turns the scores into weights; the result
-    is the weighted mean of the values (Vaswani et al. 2017, section 3.2.1).
+    q: (B, n_head, T, head_size), of the last T of S positions; k, v: (B, n_head, S, head_size).
+    Returns (B, n_head, T, head_size). Each query scores all keys; the mask hides those after its
+    own position; softmax turns the scores into weights; the result is the weighted mean of the
+    values (Vaswani et al. 2017, section 3.2.1).
     """
     T, S = q.size(2), k.size(2)
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or S > 512:
@@ -120,11 +120,8 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):
         """(B, T, n_embd) to the same shape. cache: a KVCache with the tokens before these."""
         B, T, C = x.shape  # batch, time, channels
-        head_size = C // self.n_head
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
-        k = k.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
-        v = v.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, S, head_size)
         y = attention(q, k, v, self.dropout if self.training else 0.0)
@@ -184,10 +181,7 @@ class LanguageModel(nn.Module):
         return torch.arange(start, end, device=idx.device)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
-        """Append `max_new_tokens` to every row of `idx`: (B, T) int64 to (B, T + max_new_tokens).
-
-        The other arguments are those of `stream`, below, which has the loop.
-        """
+        """`idx` with the new tokens: (B, T) int64 to (B, T + max_new_tokens); see `stream`."""
         tokens = stream(self, idx, max_new_tokens, temperature, top_k, top_p, **kwargs)
         return torch.cat([idx, *tokens], dim=1)
 
@@ -195,18 +189,11 @@ class LanguageModel(nn.Module):
 # Sizes by name: (n_layer, n_head, n_embd). GPT-3's are from table 2.1 of Brown et al. 2020,
 # arXiv:2005.14165, except 1.3b and 13b, whose printed sizes are not a multiple of their heads.
 MODEL_SIZES = {
-    'gpt2': (12, 12, 768),
-    'gpt2-medium': (24, 16, 1024),
-    'gpt2-large': (36, 20, 1280),
-    'gpt2-xl': (48, 25, 1600),
-    'gpt3-125m': (12, 12, 768),
-    'gpt3-350m': (24, 16, 1024),
-    'gpt3-760m': (24, 16, 1536),
-    'gpt3-1.3b': (24, 16, 2048),
-    'gpt3-2.7b': (32, 32, 2560),
-    'gpt3-6.7b': (32, 32, 4096),
-    'gpt3-13b': (40, 40, 5120),
-    'gpt3-175b': (96, 96, 12288),
+    'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024),
+    'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600),
+    'gpt3-125m': (12, 12, 768), 'gpt3-350m': (24, 16, 1024), 'gpt3-760m': (24, 16, 1536),
+    'gpt3-1.3b': (24, 16, 2048), 'gpt3-2.7b': (32, 32, 2560), 'gpt3-6.7b': (32, 32, 4096),
+    'gpt3-13b': (40, 40, 5120), 'gpt3-175b': (96, 96, 12288),
 }
 
 
@@ -237,15 +224,13 @@ class GPT(LanguageModel):
         idx: (B, T) int64 ids. targets: (B, T) int64, the ids that came next; -1 is ignored.
         cache: a KVCache for each block; then `idx` holds only the new tokens.
 
-        Returns (logits, loss). With targets: logits (B, T, vocab_size) and the mean cross-entropy
-        in nats, a float32 scalar; (None, loss) if `loss_only`, so that large logits need not be
-        kept. Without: logits of the last position, (B, 1, vocab_size), and None. Raises
-        ValueError if the context would be longer than block_size.
+        Returns (logits, loss). With targets: logits (B, T, vocab_size), or None if `loss_only`, and
+        the mean cross-entropy in nats, a float32 scalar. Without: logits of the last position,
+        (B, 1, vocab_size), and None. Raises ValueError for a context longer than block_size.
         """
         positions = self.positions(idx, cache)  # (T,)
-        token_embedding = self.transformer.wte(idx)  # (B, T, n_embd)
-        position_embedding = self.transformer.wpe(positions)  # (T, n_embd), the same for all B
-        x = self.transformer.drop(token_embedding + position_embedding)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, n_embd)
+        x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None)  # (B, T, n_embd)
         x = self.transformer.ln_f(x)
@@ -281,29 +266,48 @@ def next_token_loss(logits, targets, count=None):
 
 
 MAX_LOGITS = 1 << 26  # 256 MB in float32: where there would be more, the loss goes in chunks
+CHUNK = 1024  # tokens
 
 
-def loss_in_chunks(x, lm_head, targets, size=1024):
-    """`next_token_loss` of lm_head(x), for `size` tokens at a time: x (N, n_embd), targets (N,).
+class LossInChunks(torch.autograd.Function):
+    """`next_token_loss` of lm_head(x), summed, for CHUNK tokens at a time.
 
-    Usually needed with GPT-2's vocabulary, where all logits together are the largest tensor of a
-    training step. `checkpoint` drops a chunk's logits, and computes them again for the gradient.
+    x: (N, n_embd), targets: (N,), params: those of lm_head. With GPT-2's vocabulary, all logits
+    together are the largest tensor of a training step. Here the gradients of a chunk are computed
+    with its loss, so that its logits can be dropped.
     """
-    count = (targets != -1).sum().clamp(min=1)
 
-    def loss(x, targets):
-        return next_token_loss(lm_head(x), targets, count)
+    @staticmethod
+    def forward(ctx, x, targets, lm_head, *params):
+        dx, dparams, total = torch.zeros_like(x), [torch.zeros_like(p) for p in params], 0.0
+        for start in range(0, len(x), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                part = x[chunk].detach().requires_grad_()
+                loss = next_token_loss(lm_head(part), targets[chunk], count=1)
+            if loss.requires_grad:
+                dx[chunk], *gradients = torch.autograd.grad(loss, (part, *params))
+                torch._foreach_add_(dparams, gradients)
+            total += loss.detach()
+        ctx.save_for_backward(dx, *dparams)
+        return total
 
-    chunks = zip(x.split(size), targets.split(size))
-    return sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, *dparams = (saved * gradient for saved in ctx.saved_tensors)
+        return dx, None, None, *dparams
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
     """(logits, loss) as `GPT.forward` returns them, from the last hidden states: (B, T, n_embd)."""
     if targets is None:
         return lm_head(x[:, -1:]), None
-    if loss_only and targets.numel() * lm_head.out_features > MAX_LOGITS:
-        return None, loss_in_chunks(x.flatten(0, 1), lm_head, targets.flatten())
+    # torch.compile saves as much memory by itself, and would compute all chunks first.
+    if loss_only and not torch.compiler.is_compiling() and (
+            targets.numel() * lm_head.out_features > MAX_LOGITS):
+        total = LossInChunks.apply(x.flatten(0, 1), targets.flatten(), lm_head,
+                                   *lm_head.parameters())
+        return None, total / (targets != -1).sum().clamp(min=1)
     logits = lm_head(x)  # (B, T, vocab_size)
     return (None if loss_only else logits), next_token_loss(logits, targets)
 
@@ -334,14 +338,13 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
            vocab_size=None):
     """Yield the next tokens of the B texts in `idx`, a (B, 1) int64 tensor at a time.
 
-    idx: (B, T) int64, T >= 1. temperature, top_k, top_p: see `sample_from`. generator: a
-    torch.Generator on the device of `idx`, for reproducible samples. vocab_size: ids >= vocab_size
-    are padding of the embedding and are never chosen.
+    idx: (B, T) int64, T >= 1, of which the last block_size are read. temperature, top_k, top_p:
+    see `sample_from`. generator: a torch.Generator on the device of `idx`, for reproducible
+    samples. vocab_size: ids from there up are padding of the embedding and are never chosen.
 
     The prompt is read once, then each step reads one token and finds the earlier ones in the
     cache. Cached keys carry their positions, so a full window can't just slide: its most recent
-    half is read again, which costs one pass over block_size / 2 tokens about every block_size / 2
-    steps. A longer prompt is cropped to its last block_size tokens.
+    half is read again.
     """
     was_training = model.training
     model.eval()
@@ -371,12 +374,10 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     that together reach probability p do (nucleus sampling: Holtzman et al. 2019,
     arXiv:1904.09751). Raises ValueError for values outside their range.
     """
-    if not temperature >= 0:
-        raise ValueError(f'temperature is {temperature}: it must be 0 (greedy) or above')
-    if top_k is not None and top_k < 1:
-        raise ValueError(f'top_k is {top_k}: it must be at least 1, or None for all tokens')
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f'top_p is {top_p}: it must be above 0 and at most 1')
+    if not (temperature >= 0 and (top_k is None or top_k >= 1)
+            and (top_p is None or 0 < top_p <= 1)):
+        raise ValueError(f'temperature={temperature} must be at least 0, top_k={top_k} None or at '
+                         f'least 1, and top_p={top_p} None or above 0 and at most 1')
     if temperature < 1e-6:  # 0, or so little that the logits would overflow
         return logits.argmax(dim=-1, keepdim=True)
     ids = None  # the token id of each column, once top-k or sorting has reordered them

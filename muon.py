@@ -12,6 +12,8 @@ from collections import defaultdict
 
 import torch
 
+from runtime import shard_like
+
 # Newton-Schulz polynomials s -> a s + b s^3 + c s^5, one a step. Each maps the interval left by
 # the step before, at first 0.005 to 1, as close to 1 as possible, with 2 % to spare for rounding:
 # the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
@@ -67,14 +69,27 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                 mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
                 gradient = p.grad.lerp(mean, group['momentum'])  # Nesterov: one step further
-                gradient = gradient.bfloat16() if group['bf16'] else gradient
                 p.mul_(1 - group['lr'] * group['weight_decay'])
+                weights, is_sharded = p, hasattr(p, 'full_tensor')
+                if is_sharded:  # whole matrices, one at a time
+                    gradient = gradient.full_tensor()
+                    weights = torch.zeros_like(gradient)
+                gradient = gradient.bfloat16() if group['bf16'] else gradient
                 width = p.size(-1)
-                for piece in zip(p.split(width, dim=-2), gradient.split(width, dim=-2)):
+                for piece in zip(weights.split(width, dim=-2), gradient.split(width, dim=-2)):
                     pieces[piece[0].shape].append(piece)
-            for same_shape in pieces.values():
-                weights, gradients = zip(*same_shape)
-                gradients = torch.stack(gradients)  # (N, ..., rows, columns)
-                updates = orthogonal(gradients.flatten(0, -3), group['ns_steps'])
-                updates = updates.view(gradients.shape).unbind()
-                torch._foreach_sub_(weights, updates, alpha=group['lr'])
+                if is_sharded:
+                    apply_updates(pieces, group)
+                    p.add_(shard_like(weights, p))
+            apply_updates(pieces, group)
+
+
+def apply_updates(pieces, group):
+    """Subtract the orthogonal form of all gradients from their weights, and empty `pieces`."""
+    for same_shape in pieces.values():
+        weights, gradients = zip(*same_shape)
+        gradients = torch.stack(gradients)  # (N, ..., rows, columns)
+        updates = orthogonal(gradients.flatten(0, -3), group['ns_steps'])
+        updates = updates.view(gradients.shape).unbind()
+        torch._foreach_sub_(weights, updates, alpha=group['lr'])
+    pieces.clear()

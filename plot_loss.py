@@ -62,10 +62,10 @@ def read_evaluations(folder):
 def draw(folders, out, x='iteration'):
     """Draw the runs in `folders` into the file `out`. Raises UserError."""
     runs = [read_evaluations(folder) for folder in folders]
-    # Without pyplot, so that the caller's backend and settings stay.
-    with user_errors(ImportError, 'matplotlib is missing', 'pip install matplotlib'):
-        from matplotlib import style, ticker
-        from matplotlib.figure import Figure
+    console.optional('matplotlib', '3.9')
+    from matplotlib import style, ticker  # no pyplot: the caller's backend and settings stay
+    from matplotlib.figure import Figure
+
     with style.context(['default', STYLE]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # which its font lacks, in a folder's name
         figure = Figure(figsize=(8, 5), dpi=150)

@@ -106,8 +106,9 @@ def tasks_in(path):
     name, size, check_sum = os.path.basename(path), os.path.getsize(path) or 1, 0
     with reading(name), open(path, 'rb') as file:
         if name.endswith('.parquet'):
-            with user_errors(ImportError, 'pyarrow is missing', 'pip install pyarrow'):
-                import pyarrow.parquet
+            console.optional('pyarrow', '18.0')
+            import pyarrow.parquet
+
             # A row group may have gigabytes: with these options it is read a part at a time.
             table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
             with user_errors((KeyError, NotImplementedError), f'{name!r} has no column `text` of '
@@ -280,8 +281,8 @@ def main(argv):
             fraction, seconds = done['fraction'], time.monotonic() - began
             left = hms(seconds * (1 - fraction) / max(1e-9, fraction - start['fraction']))
             speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
-            progress.show(fraction, f'{fraction:.1%}, {speed:.1f} MB/s, {left} left, '
-                                    f'{done["documents"]:,} documents')
+            progress.show_progress(fraction, f'{fraction:.1%}, {speed:.1f} MB/s, {left} left, '
+                                             f'{done["documents"]:,} documents')
         split, change = ('train', 'smaller') if done['train'] < done['val'] else ('val', 'larger')
         if done[split] < 2:
             Path(output.path).unlink(missing_ok=True)  # with another val_fraction, all starts again

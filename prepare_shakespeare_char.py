@@ -25,7 +25,7 @@ class ShakespeareConfig:
 def main(argv):
     cfg = override(ShakespeareConfig(), argv, usage=__doc__)
     path = cfg.input or fetch(cfg.dataset, URL, lambda data: len(data) == 1_115_394)
-    prepare(read_text([path]), cfg.dataset, cfg.tokenizer, source=cfg.input or URL)
+    prepare(read_text(path), cfg.dataset, cfg.tokenizer, source=cfg.input or URL)
 
 
 if __name__ == '__main__':

@@ -2,14 +2,16 @@
 
     python prepare_text.py my.txt --dataset=my_text                    # characters
     python prepare_text.py a.txt b.txt --dataset=ab --tokenizer=gpt2   # GPT-2's byte pairs
-    python prepare_text.py folder/*.txt --dataset=mine --test_fraction=0.1
+    python prepare_text.py folder --dataset=mine --test_fraction=0.1   # all its .txt files
     python prepare_text.py my.txt --dataset=my --tokenizer=FOLDER      # a Hugging Face folder's
 
-Any UTF-8 text. Several files are joined, in the order given, with a line break. The last part of
-the text becomes the test split, the part before it the val split.
+Any UTF-8 text. Several files are joined in the order given, with the tokenizer's end-of-text token
+between them, or else a line break. The last part of the text becomes the test split, the part
+before it the val split.
 """
 
 import contextlib
+import glob
 import hashlib
 import http.client
 import json
@@ -23,10 +25,19 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import console
-from configurator import override
-from console import UsageError, UserError, atomic_file
-from tokenizer import CharTokenizer, tokenizer_of
+from configurator import check, override
+from console import Progress, UsageError, UserError, atomic_file, flush_to_disk, user_errors
+from tokenizer import CharTokenizer, tokenizer_from, tokenizer_of
+
+# How files begin that are no texts.
+FORMATS = {
+    b'\x1f\x8b': 'gzip', b'PK\3\4': 'zip, like .docx and .epub', b'%PDF': 'PDF', b'BZh': 'bzip2',
+    b'\xfd7zXZ': 'xz', b'7z\xbc\xaf': '7z', b'(\xb5/\xfd': 'zstd', b'Rar!': 'RAR',
+    b'\xd0\xcf\x11\xe0': 'Word', b'{\\rtf': 'RTF', b'PAR1': 'parquet', b'\x89PNG': 'PNG',
+}
 
 # From a given byte on, over HTTPS only; a connection that is silent for 30 s counts as broken.
 CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --continue-at'.split()
@@ -35,34 +46,77 @@ CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --con
 @dataclass
 class TextConfig:
     dataset: str = ''  # the name: files go to data/<name>
-    tokenizer: str = 'char'  # char: an id for each character; gpt2; a Hugging Face folder or name
-    val_fraction: float = 0.1  # share of the text to validate on
-    test_fraction: float = 0.0  # share at the very end, to look at once
+    tokenizer: str = 'char'  # char; gpt2; a Hugging Face folder or name; a dataset: data/NAME
+    val_fraction: float = 0.1  # fraction of the text to validate on
+    test_fraction: float = 0.0  # fraction at the very end, to look at once
+    separate: bool = True  # between files, the tokenizer's end-of-text token; false: a line break
+    errors: str = 'strict'  # replace: U+FFFD in the place of bytes that are not UTF-8
+
+    def __post_init__(self):
+        check(self, errors=['strict', 'replace'])
+        if not (self.val_fraction > 0 and self.val_fraction + self.test_fraction < 1):
+            raise UsageError(f'val_fraction={self.val_fraction} must be above 0, and with '
+                             f'test_fraction={self.test_fraction} below 1')
 
 
-def read_text(paths):
-    """The text of some UTF-8 files, as one string.
+def files_of(inputs):
+    """The text files that the arguments mean: files, patterns like *.txt, folders of .txt files."""
+    paths = []
+    for name in inputs:
+        found = sorted(glob.glob(name)) if not os.path.exists(name) else [name]
+        if os.path.isdir(name):
+            found = sorted(str(path) for path in Path(name).rglob('*.txt'))
+        if not found:
+            raise UserError(f'there are no text files {name!r}: name .txt files or their folder')
+        paths += found
+    return paths
 
-    A byte-order mark is dropped, and line ends become line feeds.
-    """
-    texts = []
-    for path in paths:
-        try:
-            texts.append(Path(path).read_text('utf-8-sig'))
-        except OSError as error:
-            raise UserError(f'cannot read {path} ({error.strerror}): name text files, say '
-                            'my.txt or folder/*.txt') from None
-        except UnicodeDecodeError as error:
-            encoding = 'utf-16' if error.object[:2] in (b'\xff\xfe', b'\xfe\xff') else 'latin1'
-            raise UserError(f'cannot read {path} ({error}): convert it to UTF-8, say with '
-                            f'iconv -f {encoding} -t utf-8') from None
-    return ''.join(text if text.endswith('\n') else text + '\n' for text in texts[:-1]) + texts[-1]
+
+def read_text(path, errors='strict'):
+    """The text of a UTF-8 file, without a byte-order mark, its line ends made line feeds."""
+    with user_errors(OSError, f'cannot read {path}', 'name text files, for example my.txt'):
+        data = Path(path).read_bytes()
+    zeros = [data[i:4096:4].count(0) > len(data[:4096]) // 5 for i in range(4)]  # of four bytes
+    if sum(zeros) == 3 or data.startswith((b'\xff\xfe\0\0', b'\0\0\xfe\xff')):
+        kind = 'UTF-32'
+    elif zeros in ([True, False] * 2, [False, True] * 2) or (
+            data[:2] in (b'\xff\xfe', b'\xfe\xff')):
+        kind = 'UTF-16'
+    else:
+        kind = next((kind for start, kind in FORMATS.items() if data.startswith(start)), None)
+    if kind:
+        how = f'iconv -f {kind} -t UTF-8' if 'UTF' in kind else 'a program that saves it as text'
+        raise UserError(f'cannot read {path}: it is {kind}, not UTF-8: convert it with {how}')
+    try:
+        text = data.decode('utf-8-sig', errors)
+    except UnicodeDecodeError as error:
+        broken = len(data) - len(data.decode(errors='ignore').encode())
+        raise UserError(f'cannot read {path}: {broken:,} of its bytes are not UTF-8, the first at '
+                        f'position {error.start}: convert it with iconv, or prepare it with '
+                        '--errors=replace') from None
+    return text.replace('\r\n', '\n').replace('\r', '\n') if '\r' in text else text
 
 
 def check_name(dataset):
     """Raise UsageError unless data/<dataset> is a folder in data/."""
     if not dataset or dataset != os.path.basename(dataset) or dataset.startswith('.'):
         raise UsageError(f'dataset={dataset!r} must name a folder in data/: try --dataset=my_text')
+
+
+def read_meta(folder):
+    """The contents of meta.json. nanoGPT writes none for GPT-2 ids: a missing one means those."""
+    try:
+        meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
+        if not {'type', 'vocab_size'} <= meta['tokenizer'].keys():
+            raise ValueError('its tokenizer has no type or no vocab_size')
+        return meta
+    except FileNotFoundError:
+        if os.path.exists(f'{folder}/meta.pkl'):
+            raise UserError(f'{folder}/meta.pkl is a pickle, which could run code, and is not '
+                            'read: prepare the dataset with prepare_text.py') from None
+        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f'{folder}/meta.json is broken ({error}): prepare it again') from None
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens):
@@ -83,38 +137,85 @@ def write_meta(folder, tokenizer, source, sha256, tokens):
     return meta
 
 
-def prepare(text, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, source=''):
-    """Write data/<dataset>, made of `text`, whole or not at all; returns what meta.json says."""
+def make_tokenizer(name, texts):
+    """The tokenizer that the setting `tokenizer` names. Raises UserError."""
+    if name == 'char':
+        tokenizer = CharTokenizer(''.join(set().union(*texts, '\n' if len(texts) > 1 else '')))
+    elif os.path.exists(f'{name}/meta.json'):  # another dataset's
+        tokenizer = tokenizer_from(read_meta(name)['tokenizer'])
+    else:
+        tokenizer = tokenizer_of(name)
+    if tokenizer.vocab_size > 65536:
+        raise UserError(f'the {tokenizer.vocab_size:,} ids of the tokenizer {name} are more than '
+                        '65,536, which 16 bits can hold: use --tokenizer=gpt2')
+    return tokenizer
+
+
+def fractions(length, val_fraction, test_fraction):
+    """Where the splits of `length` characters or conversations begin and end, by their name."""
+    val_start = int(length * (1 - val_fraction - test_fraction))
+    test_start = int(length * (1 - test_fraction))
+    parts = {'train': (0, val_start), 'val': (val_start, test_start)}
+    return parts | ({'test': (test_start, length)} if test_fraction else {})
+
+
+def encode_split(tokenizer, texts, begin, end, between):
+    """Yield the ids of the characters from `begin` to `end` of all texts together, in pieces.
+
+    between: the id between two texts, or None. Each text begins with the tokenizer's `front`.
+    """
+    progress, place = Progress(), 0
+    for number, text in enumerate(texts):
+        if number and between is not None and begin <= place < end:
+            yield np.array([between])
+        if begin <= place < end:
+            yield np.array(tokenizer.front, int)
+        part = text[max(0, begin - place) : max(0, end - place)]
+        for ids, done in tokenizer.encode_pieces(part):
+            yield ids
+            progress.show_progress(done / max(1, len(part)), f'{(place + done) / 1e6:.0f} M characters')
+        place += len(text)
+
+
+def write_dataset(dataset, files, tokenizer, source, sha256):
+    """Write data/<dataset>, whole or not at all; returns what meta.json says.
+
+    files: the arrays that each one consists of, by its name. Raises UserError, also for a split
+    that is too short to use.
+    """
     check_name(dataset)
-    if not (0 < val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
-        raise UsageError(f'val_fraction={val_fraction} must be above 0, test_fraction='
-                         f'{test_fraction} 0 or more, and both together below 1')
-    val_start = int(len(text) * (1 - val_fraction - test_fraction))
-    test_start = int(len(text) * (1 - test_fraction))
-    parts = {'train': text[:val_start], 'val': text[val_start:test_start]}
-    if test_fraction:
-        parts['test'] = text[test_start:]
-    if min(map(len, parts.values())) < 2:
-        raise UserError(f'{len(text)} characters are too few for {", ".join(parts)}: take more')
-    encoder = CharTokenizer(text) if tokenizer == 'char' else tokenizer_of(tokenizer)
-    if encoder.vocab_size > 65536:
-        raise UserError(f'the {encoder.vocab_size:,} ids of the tokenizer {tokenizer} are more '
-                        'than 65,536, which 16 bits can hold: use --tokenizer=gpt2')
-    ids = {split: encoder.encode(part).astype('<u2') for split, part in parts.items()}
-    tokens = {split: len(array) for split, array in ids.items()}
-    folder = os.path.join('data', dataset)
-    with contextlib.ExitStack() as files:  # closes in reverse: train.bin appears last of all
-        files.enter_context(console.locked(folder))
-        for split, array in ids.items():
-            file = files.enter_context(atomic_file(os.path.join(folder, f'{split}.bin')))
-            file.write(array.data)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk must show before write_meta removes old files
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        meta = write_meta(folder, encoder, source, sha256, tokens)
-    counts = ', '.join(f'{count:,} {split}' for split, count in tokens.items())
-    print(f'{folder}: {counts} tokens, {encoder.vocab_size:,} ids, from {source}')
+    folder, tokens = os.path.join('data', dataset), {}
+    with contextlib.ExitStack() as stack:  # closes in reverse: train.bin appears last of all
+        stack.enter_context(console.locked(folder))
+        for name, arrays in files.items():
+            file = stack.enter_context(atomic_file(os.path.join(folder, name)))
+            for array in arrays:
+                file.write(array.astype('<u2' if name.endswith('.bin') else 'u1').data)
+            flush_to_disk(file)  # a full disk must show before write_meta removes old files
+            if name.endswith('.bin'):
+                tokens[name.removesuffix('.bin')] = file.tell() // 2
+        counts = ', '.join(f'{count:,} {split}' for split, count in tokens.items())
+        if min(tokens.values()) < 2:
+            raise UserError(f'{source} gives {counts} tokens: each split needs two, so take a '
+                            'longer text or other fractions')
+        meta = write_meta(folder, tokenizer, source, sha256, tokens)
+    print(f'{folder}: {counts} tokens, {tokenizer.vocab_size:,} ids, from {source}')
     return meta
+
+
+def prepare(texts, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, separate=True,
+            errors='strict', source=''):
+    """Write data/<dataset>, made of some texts, or of one; returns what meta.json says."""
+    texts = [texts] if isinstance(texts, str) else texts
+    encoder = make_tokenizer(tokenizer, texts)
+    between = encoder.eot if separate else None
+    if between is None:
+        texts = [''.join(t if t.endswith('\n') else t + '\n' for t in texts[:-1]) + texts[-1]]
+    digest = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()
+    parts = fractions(sum(map(len, texts)), val_fraction, test_fraction)
+    files = {f'{split}.bin': encode_split(encoder, texts, *part, between)
+             for split, part in parts.items()}
+    return write_dataset(dataset, files, encoder, source, digest)
 
 
 def fetch(dataset, url, looks_right):
@@ -156,13 +257,44 @@ def download(url, path, print_line):
                     'continues from here, or give a copy with --input=FOLDER')
 
 
+# Commands that make these datasets if they are missing.
+PREPARE = {
+    'wizard_char': 'prepare_wizard_char.py',
+    'shakespeare_char': 'prepare_shakespeare_char.py',
+    'shakespeare': 'prepare_shakespeare_char.py --dataset=shakespeare --tokenizer=gpt2',
+}
+
+
+def make_dataset(name, folder):
+    """Run the script that makes the dataset `name`, if we know one. Raises UserError."""
+    if name not in PREPARE:
+        found = (path.parent.name for path in Path('data').glob('*/train.bin'))
+        raise UserError(f'the dataset {folder} is missing: choose one of '
+                        f'{", ".join(sorted({*PREPARE, *found}))}, or make it with python '
+                        f'prepare_text.py your.txt --dataset={name} (for openwebtext, which is '
+                        '12 GB, with prepare_openwebtext.py)')
+    with console.locked('data', wait=True):  # another process may be making it right now
+        if os.path.exists(os.path.join(folder, 'train.bin')):
+            return
+        script, *args = PREPARE[name].split()
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
+            raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')
+
+
 def main(argv):
     inputs = [arg for arg in argv if not arg.startswith('-')]
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     if not inputs or not cfg.dataset:
-        raise UsageError('a text and --dataset are needed: add, say, my.txt --dataset=my_text')
-    names = [os.path.basename(path) for path in inputs]
-    prepare(read_text(inputs), **vars(cfg), source=' '.join(names))
+        raise UsageError('a text and --dataset are needed: for example my.txt --dataset=my_text')
+    paths = files_of(inputs)
+    with user_errors(MemoryError, 'not enough memory for all of the text', 'prepare less of it'):
+        prepare([read_text(path, cfg.errors) for path in paths], **vars(cfg), source=some(paths))
+
+
+def some(paths):
+    """The names of the first files, and how many more there are."""
+    more = f' and {len(paths) - 3:,} more' if len(paths) > 3 else ''
+    return ' '.join(os.path.basename(path) for path in paths[:3]) + more
 
 
 if __name__ == '__main__':

@@ -42,7 +42,7 @@ def main(argv):
     except console.UserError as error:
         print(f'{error}; until then, the retelling that comes with ozGPT')
         source, path = 'data/oz_retold.txt', RETOLD
-    text = strip_gutenberg(read_text([path]))
+    text = strip_gutenberg(read_text(path))
     prepare(text, cfg.dataset, cfg.tokenizer, test_fraction=0.1, source=source)
 
 

@@ -4,16 +4,18 @@
 """
 
 import os
+import pickle
 import re
 from textwrap import shorten
 
 import torch
 
-from console import UserError, user_errors
+from console import UserError, optional, user_errors
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
+from tokenizer import OPENAI
 
-OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
 
 # What config.json calls our settings; GPT2Config accepts these names as aliases.
 NAMES = dict(
@@ -62,18 +64,18 @@ def read_pretrained(name):
 
     No code that comes with the weights is run.
     """
-    with user_errors(ImportError, 'transformers is missing', 'pip install transformers'):
-        from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-        from transformers.utils import logging
-        from huggingface_hub.utils import enable_progress_bars  # this and the next come with it
-        from safetensors import SafetensorError
+    optional('transformers', '4.56')
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers.utils import logging
+    from huggingface_hub.utils import enable_progress_bars
 
     logging.disable_progress_bar()  # of reading: it would be on the screen before an error
     enable_progress_bars()  # of a download, which may be slow
-    with user_errors((OSError, ValueError), f'cannot read the model {name}',
-                     'connect, or choose another folder or name'):
-        if name in OPENAI and not os.path.isdir(name):
+    if name in OPENAI and not os.path.isdir(name):
+        with user_errors(OSError, f'cannot read the model {name}', 'connect'):
             return GPT.from_pretrained(name)
+    with user_errors(Exception, f'cannot read the model {name}',
+                     'connect, get it again, or choose another folder or name'):
         kind = PretrainedConfig.get_config_dict(name)[0].get('model_type')
         if kind not in ARCHITECTURES:
             raise UserError(f'{name} has model_type={kind!r}: it must be one of '
@@ -95,13 +97,16 @@ def read_pretrained(name):
     with user_errors((ValueError, TypeError), f'the shape of {name} is impossible', 'get it again'):
         config = config_class(**settings)
     model = model_class(config)
-    with user_errors((RuntimeError, SafetensorError, OSError, ValueError), f'the weights of {name} '
-                     'are damaged or do not fit its config.json', 'get them again'):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-        weights = loaded.state_dict()
-        for key, weight in hugging_face_weights(model).items():
-            weight.copy_(weights[key])
+    try:
+        with user_errors(Exception, f'the weights of {name} are damaged or do not fit its '
+                         'config.json', 'get them again', lambda e: 'Weights only' not in str(e)):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+            weights = loaded.state_dict()
+            for key, weight in hugging_face_weights(model).items():
+                weight.copy_(weights[key])
+    except pickle.UnpicklingError:  # torch's message says how to run the code
+        raise UserError(f'the weights of {name} contain code: use .safetensors files') from None
     if missing := sorted(report['missing_keys']):  # transformers initialized them at random
         raise UserError(f'{name} has no {shorten(", ".join(missing), 100)}: get it again')
     return model

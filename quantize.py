@@ -8,23 +8,23 @@ over 127 ("absmax": Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, without 
 Activations keep their dtype. Neither form can be trained.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from console import UsageError
 
 
 class Int8(nn.Module):
     """nn.Linear, nn.Embedding, or both in one where they share a weight, stored as rows * scale.
 
-    `rows` is (out, in) in int8, `scale` is (out,).
+    `rows` is (out, in) in int8, `scale` is (out,), rounded to bf16 before the rows are divided.
     """
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        scale = weight.abs().amax(dim=1).float().clamp(min=1e-12) / 127
-        self.register_buffer('rows', (weight / scale[:, None]).round_().to(torch.int8))
+        scale = (weight.abs().amax(dim=1).float().clamp(min=1e-12) / 127).bfloat16().float()
+        self.register_buffer('rows', (weight / scale[:, None]).round_().clamp_(-127, 127).char())
         self.register_buffer('scale', scale.to(weight.dtype))
         self.bias = bias
 
@@ -32,31 +32,32 @@ class Int8(nn.Module):
         """Ids (B, T) to (B, T, in), as an embedding; else (..., in) to (..., out), linear."""
         if not x.is_floating_point():
             return self.rows[x] * self.scale[x, None]
-        flat = x.reshape(-1, x.size(-1))
-        few = {'cpu': 16, 'cuda': 4}.get(x.device.type, 0) if x.dtype == torch.bfloat16 else 0
-        if flat.size(0) <= few and flat.size(1) % 32 == 0:  # it reads whole blocks of 32
-            # Reads the int8 rows as they are, which is what takes the time for a few tokens; for
-            # many, a product in bf16 is faster, even if the rows are converted first.
-            y = torch._weight_int8pack_mm(flat.contiguous(), self.rows, self.scale)
-            y = y.view(*x.shape[:-1], -1)
+        if x.device.type == 'cpu' and x.numel() <= 16 * x.size(-1) and x.size(-1) % 32 == 0:
+            # For up to 16 tokens most of the time is spent on reading the weight. This kernel
+            # reads the rows as they are, in whole blocks of 32.
+            flat = x.reshape(-1, x.size(-1)).bfloat16()
+            y = torch._weight_int8pack_mm(flat, self.rows, self.scale.bfloat16())
+            y = y.view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
-        return F.linear(x, self.rows.to(x.dtype) * self.scale[:, None], self.bias)
+        return F.linear(x, self.rows.to(x.dtype) * self.scale[:, None].to(x.dtype), self.bias)
 
 
 class PackedLinear(nn.Module):
     """nn.Linear with its weight in the order that oneDNN's bf16 product on a CPU reads.
 
-    nn.Linear rearranges its weight at every call, which takes longer than the product for a few
+    nn.Linear rearranges its weight at every call, which is slower than the product for a few
     tokens.
     """
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16())
+        self.bias = bias if bias is None else bias.bfloat16()
 
     def forward(self, x):
-        """(..., in) to (..., out), both bf16."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        """(..., in) to (..., out), in the dtype of x."""
+        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, 'none', [], '')
+        return y.to(x.dtype)
 
 
 def replace_layers(model, kinds, make):
@@ -76,14 +77,21 @@ def quantize_int8(model):
 
 
 def prepare_for_sampling(model, device, dtype, quantize='', compiled=False):
-    """Bring a model, in place, into its fastest form to sample. Raises UsageError."""
-    if quantize not in ('', 'int8'):
-        raise UsageError(f'quantize={quantize!r} must be int8, or be left out')
-    model.to(device, dtype).eval()
+    """Bring a model, in place, into its fastest form to sample; returns the context to call it in.
+
+    Linear layers have their weights in `dtype`; everything else stays in float32, as in training.
+    """
+    model.to(device).eval()
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    onednn = torch.ops.mkldnn
     if quantize == 'int8':
-        return quantize_int8(model)
-    if device.type == 'cpu' and dtype == torch.bfloat16 and not compiled:  # that packs by itself
-        onednn = torch.ops.mkldnn
-        if hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported():
-            replace_layers(model, nn.Linear, PackedLinear)
-    return model
+        quantize_int8(model)
+        return amp if device.type == 'cuda' else nullcontext()
+    if device.type == 'cpu' and dtype == torch.bfloat16 and not compiled and (
+            hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported()):
+        replace_layers(model, nn.Linear, PackedLinear)
+        return nullcontext()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(dtype)
+    return amp

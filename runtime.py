@@ -61,31 +61,30 @@ def set_speed_options(shard=False):
     """Settings of the whole process that make training faster: for a script's `main`."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
     gc.freeze()  # what is imported stays: searching it for garbage takes a tenth of a second
-    if sys.platform == 'linux':
-        # glibc hands every large block back to the kernel and faults it in again, zeroed, on the
-        # next step. Keeping freed memory trains faster on a CPU.
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            # Shards gather and free weights all the time, which would fragment such a heap.
-            mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
-            mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much it keeps
+    # glibc hands large blocks back to the kernel and faults them in again, zeroed, on the next
+    # step. Keeping freed memory trains faster; but shards, gathered and freed, would fragment it.
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
+        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much it keeps
 
 
 def is_out_of_memory(error):
     """Whether an exception of torch's or numpy's means that memory could not be had."""
     signs = ('out of memory', "can't allocate memory", 'not enough memory: you tried',
-             'CUBLAS_STATUS_ALLOC_FAILED')
-    is_one = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return is_one or any(sign in str(error) for sign in signs)
+             'CUBLAS_STATUS_ALLOC_FAILED', 'array is too big')
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        any(sign in str(error) for sign in signs))
 
 
 def out_of_memory(remedy):
     """Context manager: report a lack of memory as a UserError that ends with `remedy`."""
-    return user_errors((RuntimeError, MemoryError), 'not enough memory', remedy, is_out_of_memory)
+    return user_errors((RuntimeError, MemoryError, ValueError), 'not enough memory', remedy,
+                       is_out_of_memory)
 
 
-# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets. MFU is the fraction in use.
-# By the whole name, since a slice of a card or its laptop form has much the same one.
+# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets, by the whole name, since a
+# slice of a card has a longer one. MFU is the fraction in use.
 PEAK_TFLOPS = {
     'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA GH200 480GB': 989,
     'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 NVL': 835, 'NVIDIA H100 PCIe': 756,
@@ -98,10 +97,10 @@ PEAK_TFLOPS = {
 
 
 def flops_per_token(model, block_size):
-    """Floating-point operations to train on one token of a window: forward and backward.
+    """Floating-point operations to train on one token of a window.
 
     6 for each parameter of a Linear and 12 n_layer n_embd T for attention: Chowdhery et al. 2022
-    (PaLM), arXiv:2204.02311, appendix B. Embeddings are only looked up.
+    (PaLM), arXiv:2204.02311, appendix B.
     """
     weights = sum(p.numel() for module in model.modules() if isinstance(module, nn.Linear)
                   for p in module.parameters())
@@ -131,16 +130,15 @@ class Ranks:
     """
 
     def __init__(self):
-        names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
-        found = {name: os.environ.get(name, '') for name in names}
-        if any(name in os.environ for name in names[:3]):
-            wrong = [f'{name}={text!r}' for name, text in found.items()
-                     if not (text if name == 'MASTER_ADDR' else text.isdecimal())]
-            if wrong or not int(found['RANK']) < int(found['WORLD_SIZE']):
-                raise UserError(f'the environment has {", ".join(wrong) or found}: torchrun sets '
-                                f'{", ".join(names)}; set all of them or none of the first three')
-        self.rank, self.local_rank = int(found['RANK'] or 0), int(found['LOCAL_RANK'] or 0)
-        self.world_size = int(found['WORLD_SIZE'] or 1)
+        names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
+        found = [os.environ.get(name) for name in names]
+        if not any(name in os.environ for name in names):
+            found = 0, 0, 1
+        with user_errors((ValueError, TypeError), f'the environment has {dict(zip(names, found))}',
+                         'set all three, as torchrun does, or none'):
+            self.rank, self.local_rank, self.world_size = map(int, found)
+            if not 0 <= self.rank < self.world_size:
+                raise ValueError('RANK must be from 0 to WORLD_SIZE - 1')
         self.is_main = self.rank == 0
 
     @contextlib.contextmanager
@@ -153,15 +151,15 @@ class Ranks:
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         with user_errors((dist.DistError, RuntimeError, ValueError, OSError),
                          f'not all {self.world_size} processes came to MASTER_ADDR='
-                         f'{os.environ["MASTER_ADDR"]}', 'start the others as well'):
+                         f'{os.environ.get("MASTER_ADDR")}', 'start all of them by torchrun'):
             store, _, _ = next(dist.rendezvous('env://', timeout=JOIN_TIMEOUT))
             store.set(f'joined {self.rank}', '')
             store.wait([f'joined {rank}' for rank in range(self.world_size)], JOIN_TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world_size)
         yield
-        # Not after an exception: it would wait for the other ranks, and while its traceback keeps
-        # a model alive, gloo's threads could not end.
+        # Not after an exception: it would wait for the others, and gloo's threads can't end while
+        # a traceback keeps the model.
         dist.destroy_process_group()
 
     def sum(self, tensor):
@@ -180,27 +178,22 @@ class Ranks:
 
     def agree(self, name, value):
         """Raise UserError unless `value` is the same on all ranks: machines may share no disk."""
-        values = [(socket.gethostname(), value)] * self.world_size
+        values = [(value, socket.gethostname())] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, values[0])
-        host, first = values[0]
-        for other_host, other in values:
-            if other != first:
-                raise UserError(f'{name} is {other} on {other_host}, but {first} on {host}: copy '
+        for other, host in values:
+            if other != values[0][0]:
+                raise UserError(f'{name} is {other} on {host}, but {" on ".join(values[0])}: copy '
                                 'it from the right machine to the others')
 
     def agree_on_file(self, path):
-        """Raise UserError unless the file `path` has the same end on all ranks, or is missing.
-
-        A .pt file ends with the check sums of all that it contains.
-        """
-        end = b''
+        """Raise UserError unless the file `path` is the same on all ranks, or missing there."""
+        found = 'missing'
         if os.path.isfile(path):
-            with open(path, 'rb') as file:
+            with open(path, 'rb') as file:  # its end has the check sums of all that a .pt contains
                 file.seek(max(0, os.path.getsize(path) - (1 << 20)))
-                end = file.read()
-        self.agree(path, f'a file of digest {hashlib.sha256(end).hexdigest()[:12]}' if end else
-                   'missing')
+                found = f'a file of digest {hashlib.sha256(file.read()).hexdigest()[:12]}'
+        self.agree(path, found)
 
     def from_main(self, value):
         """Rank 0's `value`, on all ranks."""
@@ -249,7 +242,7 @@ def sync_gradients(model, sync):
 # --- sharding
 
 
-def new_model(cls, config, weights, device, shard=False, seed=0):
+def new_model(cls, config, weights, device, dtype=None, shard=False, seed=0):
     """The model `cls(config)` on `device`, with `weights`; None: initialized from `seed`.
 
     The numbers are the same on every device, sharded or not. Sharded, each rank keeps only its
@@ -262,31 +255,36 @@ def new_model(cls, config, weights, device, shard=False, seed=0):
             torch.default_generator.manual_seed(seed)
             model = cls(config)
         if weights is not None:
-            own = {name: weight.shape for name, weight in model.state_dict().items()}
-            weights = {name: weight for name, weight in weights.items()
-                       if name in own or not name.endswith('.attn.bias')}  # nanoGPT's old masks
-            found = {name: getattr(weight, 'shape', None) for name, weight in weights.items()}
-            if wrong := sorted(dict(own.items() ^ found.items())):
-                raise UserError('the weights do not fit the model that comes with them: '
-                                + shorten(', '.join(wrong), 200))
-            model.load_state_dict(weights)
-    return spread(cls, config, model, device) if shard else model.to(device)
+            old = {name for name in weights.keys() - model.state_dict().keys()
+                   if name.endswith('.attn.bias')}  # masks in nanoGPT's first checkpoints
+            with user_errors(RuntimeError, 'the weights do not fit the model that comes with them',
+                             'use others'):
+                model.load_state_dict({k: w for k, w in weights.items() if k not in old})
+    return spread(cls, config, model, device, dtype) if shard else model.to(device)
 
 
-# --- sharding
+def spread(cls, config, whole, device, dtype):
+    """Rank 0's model `whole`, `cls(config)`, spread over the ranks; the others pass None.
 
-
-def spread(cls, config, whole, device):
-    """Rank 0's model `whole`, `cls(config)`, spread over the ranks; the others pass None."""
+    The matrices of a block are gathered in `dtype` when the block computes. Everything else, like
+    norms and embeddings, belongs to the root: gathered in float32, whole during an update.
+    """
     # Here, since it takes a second to import.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32,
+                                  cast_forward_inputs=False)
     with torch.device('meta'):
         model = cls(config)
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
+    model.rest = torch.nn.ParameterList()  # The root takes only what has a name outside blocks.
+    for block in model.blocks:
+        rest = [p for p in block.parameters() if p.dim() < 2]
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(rest))
+        model.rest.extend(rest)
+    fully_shard(model, mesh=mesh)
+    del model.rest
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay one
     model.to_empty(device=device)
@@ -311,6 +309,7 @@ def load_weights(model, weights):
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    model.reshard()  # the root is whole after an evaluation
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
 
@@ -334,7 +333,18 @@ def gather(value):
     if not hasattr(value, 'full_tensor'):
         return value
     value = value.full_tensor()
-    return value.cpu() if dist.get_rank() == 0 or not value.dim() else None
+    if not value.dim():
+        return value  # on its device, as the other numbers of an update are
+    return value.cpu() if dist.get_rank() == 0 else None
+
+
+def shard_like(tensor, p):
+    """A whole tensor that all ranks have, sharded as the parameter p is, on its device."""
+    if not hasattr(p, 'full_tensor'):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def gather_state(optimizer):
@@ -359,15 +369,9 @@ def fitting_state(optimizer, saved):
         if isinstance(optimizer, torch.optim.AdamW) and 'step' not in values:
             raise ValueError('a weight has no count of steps')
         for name, value in values.items():
-            is_like_p = value.shape == p.shape
-            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and not is_like_p:
-                raise ValueError(f'{name} has the shape {tuple(value.shape)} for a weight of '
-                                 f'{tuple(p.shape)}')
-            if is_like_p and hasattr(p, 'full_tensor'):
-                from torch.distributed.tensor import distribute_tensor
-
-                state[number][name] = distribute_tensor(
-                    value.to(p.device), p.device_mesh, p.placements)
-            elif is_like_p:
-                state[number][name] = value.contiguous()  # as fused optimizers assume
+            shape = getattr(value, 'shape', None)
+            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and shape != p.shape:
+                raise ValueError(f'{name} of shape {shape} belongs to a weight of {p.shape}')
+            if shape == p.shape:  # contiguous, as fused optimizers assume
+                state[number][name] = shard_like(value.contiguous(), p)
     return {'state': state, 'param_groups': groups}

@@ -15,25 +15,26 @@ import torch
 import console
 import runtime
 from checkpoint import load_model
-from configurator import override
-from console import UsageError
+from configurator import check, override
+from console import UsageError, UserError, user_errors
 from model import sample_from, stream
 from prepare_text import read_text
 from quantize import prepare_for_sampling
-from tokenizer import prompt_ids
+from tokenizer import TextStream, prompt_ids
 
 
 @dataclass
 class SampleConfig:
     init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: gpt2, a folder
     out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
-    start: str = '\n'  # the prompt; FILE:path reads a file, - reads standard input
+    start: str = '\n'  # the prompt; \n alone is a line break; FILE:path a file, - standard input
     num_samples: int = 3  # how many texts
     max_new_tokens: int = 500  # tokens added to each
     temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
     top_k: int | None = 200  # only the k likeliest tokens count; none for all
     top_p: float | None = None  # only the likeliest tokens that reach this probability together
     stop: str = ''  # a text ends before this, which is not shown
+    end: bool = True  # a text ends at the end-of-text token; false: it continues
     seed: int = 1337  # the same seed, the same texts
     device: str = 'auto'  # the best there is of cuda, mps, cpu
     dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
@@ -43,9 +44,7 @@ class SampleConfig:
 
     def __post_init__(self):
         """Refuse impossible values before anything slow. Raises UsageError."""
-        for name in ('num_samples', 'max_new_tokens'):
-            if getattr(self, name) < 1:
-                raise UsageError(f'{name} is {getattr(self, name)}: it must be at least 1')
+        check(self, at_least_1='num_samples max_new_tokens', quantize=['', 'int8'])
         try:
             sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
         except ValueError as error:
@@ -55,38 +54,18 @@ class SampleConfig:
 def read_prompt(start):
     """The text that the setting `start` stands for."""
     if start.startswith('FILE:'):
-        return read_text([start.removeprefix('FILE:')])
+        return read_text(start.removeprefix('FILE:'))
     if start == '-':
+        if sys.stdin is None:
+            raise UsageError('start=- reads standard input, which is closed')
         sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)
         return sys.stdin.read().removesuffix('\n')  # which echo adds
-    return start.replace('\\n', '\n')  # a shell passes \n as two characters
+    return start
 
 
-class Text:
-    """One text that grows token by token, up to the stop string if there is one."""
-
-    def __init__(self, prompt, ids, decode, stop):
-        self.text, self.start, self.shown, self.done = prompt, len(prompt), 0, False
-        self.decode, self.stop = decode, stop
-        self.last, self.waiting = ids, []  # the ids that `text` ends with, and those not in it yet
-
-    def add(self, token):
-        """Take one more id; return what can be shown since the last call."""
-        if self.done:
-            return ''
-        # A token may lose its space at the beginning of a text, so the last ones come before it.
-        self.waiting.append(token)
-        new = self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
-        if new.endswith('\ufffd'):  # a part of a character: its rest is to come
-            return ''
-        self.text, self.last, self.waiting = self.text + new, self.waiting, []
-        end = len(self.text) - len(self.stop) + 1  # what follows may begin the stop string
-        if self.stop and self.stop in self.text[self.start :]:
-            end, self.done = self.text.index(self.stop, self.start), True
-            self.text = self.text[:end]
-        new = self.text[self.shown : max(end, self.start)]
-        self.shown += len(new)
-        return new
+def is_of_compile(error):
+    """Whether an exception is torch.compile's own."""
+    return type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
 
 
 def print_samples(cfg, prompt):
@@ -94,26 +73,31 @@ def print_samples(cfg, prompt):
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile)
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
     ids = prompt_ids(tokenizer, prompt)
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(f'the id {max(ids)} of {tokenizer.decode([max(ids)])!r} is beyond the '
+                        f"model's {model.config.vocab_size} rows of weights: leave it out")
     if len(ids) > model.config.block_size:
         print(f'the prompt has {len(ids)} tokens; the model reads the last '
               f'{model.config.block_size}', file=sys.stderr)
     idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    stop = cfg.stop.replace('\\n', '\n')
-    texts = [Text(prompt, ids, tokenizer.decode, stop) for _ in range(cfg.num_samples)]
-    for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                         generator, tokenizer.vocab_size):
-        new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
-        print(new[0], end='', flush=True)
-        if all(text.done for text in texts):
-            break
-    print(texts[0].text[texts[0].shown :])
+    eot = tokenizer.eot if cfg.end else None
+    texts = [TextStream(prompt, ids, tokenizer, cfg.stop, eot) for _ in range(cfg.num_samples)]
+    with amp, user_errors(Exception, 'torch.compile failed', 'add --compile=false', is_of_compile):
+        for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                             generator, tokenizer.vocab_size):
+            new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
+            print(console.printable(new[0]), end='', flush=True)
+            if all(text.done for text in texts):
+                break
+    print(console.printable(texts[0].finish()))
     for text in texts[1:]:
-        print(f'---------------\n{text.text}')
+        text.finish()
+        print(console.printable(f'---------------\n{text.text}'))
 
 
 def main(argv):

@@ -4,40 +4,68 @@
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 
-`eot` is the id that ends a text, or None. `tokenizer_from(state())` is the same tokenizer:
-meta.json and checkpoints have the state.
+`eot` is the id that ends a text, or None; `front` are the ids that begin one. meta.json and
+checkpoints contain `state()`, and `tokenizer_from(state)` is the same tokenizer.
 """
 
 import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from console import UsageError, UserError, user_errors
+from console import UsageError, UserError, optional, user_errors
 
-# sha256 of the tokens in GPT-2's vocab.json, in the order of their ids, each on a line
-GPT2_WORDS = 'e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f'
+OPENAI = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
+# sha256 of GPT-2's tokens in the order of their ids, then its merges, each on a line
+GPT2_SHA256 = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
 
 
-class CharTokenizer:
+PIECE = 1 << 20  # characters that are encoded at once
+
+
+class Tokenizer:
+    """Base class: how long texts and prompts are encoded."""
+
+    front = ()
+
+    def encode_pieces(self, text):
+        """Yield (ids, where they end in `text`), a million characters or so at a time."""
+        begin = 0
+        while begin < len(text):
+            # Between two lines without spaces around the break: no token reaches over that.
+            cut = re.compile(r'(?<=\S\n)(?=\S)').search(text, begin + PIECE)
+            end = cut.start() if cut else len(text)
+            yield self.encode(text[begin:end]), end
+            begin = end
+
+    def encode_prompt(self, text):
+        """The ids of a text to continue."""
+        return self.encode(text)
+
+
+class CharTokenizer(Tokenizer):
     """An id for each character of a text: its position in the sorted set of them."""
 
     def __init__(self, text):
         self.chars, self.eot = ''.join(sorted(set(text))), None
         self.vocab_size = len(self.chars)
-        self.ids = {char: i for i, char in enumerate(self.chars)}
+        codes = np.frombuffer(self.chars.encode('utf-32-le', 'surrogatepass'), '<u4')
+        self.ids = np.full(codes.max(initial=0) + 2, self.vocab_size)  # by code point
+        self.ids[codes] = np.arange(self.vocab_size)
 
     def encode(self, text):
-        try:
-            return np.fromiter((self.ids[char] for char in text), np.uint16, len(text))
-        except KeyError as unknown:
-            char, = unknown.args
-            raise UserError(f'the character {char!r} at position {text.index(char)} is not among '
-                            f'these: {self.chars[:200]!r}, so leave it out') from None
+        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        ids = self.ids[codes.clip(max=len(self.ids) - 1)]
+        unknown = np.flatnonzero(ids == self.vocab_size)
+        if len(unknown):
+            raise UserError(f'the character {text[unknown[0]]!r} at position {unknown[0]} is not '
+                            f'among these: {self.chars[:200]!r}, so leave it out')
+        return ids.astype(np.uint16)
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
@@ -46,21 +74,24 @@ class CharTokenizer:
         return {'type': 'char', 'vocab_size': self.vocab_size, 'chars': self.chars}
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, by tiktoken: 256 bytes, 50,000 merges and the end-of-text token."""
 
     vocab_size, eot = 50257, 50256  # eot is <|endoftext|>
+    failure = ''
 
     @cached_property
     def bpe(self):
-        """tiktoken's encoding, loaded when it is first needed: training takes ids alone."""
+        """tiktoken's encoding, loaded when it is first needed: training never needs it."""
         import tiktoken
 
-        try:
-            return tiktoken.get_encoding('gpt2')
-        except Exception as error:
-            raise UserError(f'tiktoken cannot get the GPT-2 vocabulary ({type(error).__name__}): '
-                            'connect once, or set TIKTOKEN_CACHE_DIR to its folder') from None
+        if not self.failure:  # not again at each evaluation: it may take a minute to fail
+            try:
+                return tiktoken.get_encoding('gpt2')
+            except Exception as error:
+                self.failure = type(error).__name__
+        raise UserError(f'tiktoken cannot get the GPT-2 vocabulary ({self.failure}): connect once, '
+                        'or set TIKTOKEN_CACHE_DIR to its folder')
 
     def encode(self, text):
         """Exactly tiktoken's ids; <|endoftext|> in the text is plain text."""
@@ -74,6 +105,11 @@ class GPT2Tokenizer:
             ids = np.array([i for part in parts for i in self.bpe.encode_ordinary(part)])
         return ids.astype(np.uint16)
 
+    def encode_prompt(self, text):
+        """As `encode`, but <|endoftext|> is the token, as in nanoGPT's prompts."""
+        first, *others = (self.encode(part) for part in text.split('<|endoftext|>'))
+        return np.concatenate([first, *(part for ids in others for part in ([self.eot], ids))])
+
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids])
 
@@ -81,32 +117,66 @@ class GPT2Tokenizer:
         return {'type': 'gpt2', 'vocab_size': self.vocab_size}
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a tokenizer.json, by the library tokenizers; `json` is its text.
 
-    Special tokens that are written in a text count as such; none are added.
+    Special tokens in a text are recognized. files: the texts of the other files that belong to it,
+    by name, which are exported as they came.
     """
 
-    def __init__(self, json, eot=None):
-        with user_errors(ImportError, 'tokenizers is missing', 'pip install tokenizers'):
-            from tokenizers import Tokenizer
-        self.json, self.eot = json, eot
-        try:
-            self.wrapped = Tokenizer.from_str(json)
-        except Exception as error:  # the library has no type of its own for it
-            raise UserError(f'the tokenizer.json is broken ({error}): get it again') from None
+    def __init__(self, json, eot=None, files=None):
+        library = optional('tokenizers', '0.22')
+        self.json, self.eot, self.files = json, eot, files or {}
+        with user_errors(Exception, 'the tokenizer.json is broken', 'get it again'):
+            self.wrapped = library.Tokenizer.from_str(json)  # the library raises plain Exceptions
         self.wrapped.no_truncation()
         self.wrapped.no_padding()
         self.vocab_size = max(self.wrapped.get_vocab().values(), default=0) + 1
+        with suppress(Exception):  # it may not know the letter
+            # What its post-processor puts in front of a text, for example <s>.
+            plain, whole = (self.wrapped.encode('a', add_special_tokens=special).ids
+                            for special in (False, True))
+            self.front = whole[: whole.index(plain[0])]
 
     def encode(self, text):
-        return np.array(self.wrapped.encode(text, add_special_tokens=False).ids, dtype=int)
+        return np.concatenate([ids for ids, _ in self.encode_pieces(text)])
+
+    def encode_pieces(self, text, margin=1024):
+        """As `Tokenizer.encode_pieces`: all at once, a text takes 150 times its memory.
+
+        A piece is read with a margin around it, and ends where a token begins, whether the library
+        has read what is before it or only the margin.
+        """
+        def read(start, end):
+            with user_errors(Exception, 'the tokenizer cannot encode this text', 'use another'):
+                piece = self.wrapped.encode(text[max(0, start) : end], add_special_tokens=False)
+            begins = [begin for begin, _ in piece.offsets]
+            return np.array(piece.ids, int), np.array(begins, int) + max(0, start)
+
+        text = text.encode('utf-8', 'replace').decode()  # without half surrogates
+        cut, size = 0, PIECE
+        while True:
+            ids, begins = read(cut - margin, cut + size + margin)
+            first, last = np.searchsorted(begins, (cut, cut + size))
+            if cut + size + margin >= len(text):
+                yield ids[first:], len(text)
+                return
+            end = begins[last] if last < len(begins) else None
+            if end is None or end not in read(end - margin, end + margin)[1]:
+                size += PIECE
+                continue
+            yield ids[first:last], end
+            cut, size = end, PIECE
+
+    def encode_prompt(self, text):
+        return np.concatenate([np.array(self.front, int), self.encode(text)])
 
     def decode(self, ids):
         return self.wrapped.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self):
-        return dict(type='huggingface', vocab_size=self.vocab_size, json=self.json, eot=self.eot)
+        return dict(type='huggingface', vocab_size=self.vocab_size, json=self.json, eot=self.eot,
+                    files=self.files)
 
 
 def tokenizer_from(state):
@@ -116,41 +186,86 @@ def tokenizer_from(state):
             return CharTokenizer(chars)
         case {'type': 'gpt2'}:
             return GPT2Tokenizer()
-        case {'type': 'huggingface', 'json': str(json), 'eot': eot}:
-            return HuggingFaceTokenizer(json, eot)
+        case {'type': 'huggingface', 'json': str(text), 'eot': eot}:
+            return HuggingFaceTokenizer(text, eot, state.get('files'))
     raise UserError(f'the tokenizer {str(state)[:60]!r} is none of char, gpt2 and huggingface')
+
+
+def rules_of(text):
+    """The parts of a tokenizer.json that decide ids, in one form whatever version wrote it."""
+    def only_set(part):
+        return {name: value for name, value in part.items()
+                if value is not None and value is not False and value != ''}
+
+    state = json.loads(HuggingFaceTokenizer(text).wrapped.to_str(), object_hook=only_set)
+    names = 'model', 'normalizer', 'pre_tokenizer', 'added_tokens'
+    return {name: state[name] for name in names if state.get(name)}
+
+
+def gives_same_ids(state, other):
+    """Whether the tokenizers of two states give the same ids."""
+    if state['type'] == other['type'] == 'huggingface':
+        return rules_of(state['json']) == rules_of(other['json'])
+    return state == other
+
+
+def own_form(text):
+    """The CharTokenizer or GPT2Tokenizer that gives the same ids as a tokenizer.json, or None."""
+    rules = rules_of(text)
+    model, split, added = (rules.pop(name, {}) for name in ('model', 'pre_tokenizer',
+                                                            'added_tokens'))
+    vocab, merges = dict(model.pop('vocab')), [' '.join(pair) for pair in model.pop('merges', ())]
+    plain = all(token.keys() <= {'id', 'content', 'special', 'normalized'} for token in added)
+    words = sorted(vocab, key=vocab.get)
+    if rules or not plain or not {token['content'] for token in added} <= set(words):
+        return None
+    if model['type'] == 'WordLevel' and words == sorted(''.join(words)) and split == {
+            'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated'}:
+        return CharTokenizer(''.join(words))
+    digest = hashlib.sha256('\n'.join(words + merges).encode()).hexdigest()
+    if digest == GPT2_SHA256 and model == {'type': 'BPE'} and len(added) < 2 and split == {
+            'type': 'ByteLevel', 'trim_offsets': True, 'use_regex': True}:
+        return GPT2Tokenizer()
+    return None
 
 
 def tokenizer_of(name):
     """The tokenizer of a Hugging Face folder, or of a model there. Runs no code of it."""
-    folder, files = name, ['tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'config.json']
+    folder, files = name, ['tokenizer.json', 'config.json', 'tokenizer_config.json', 'vocab.json',
+                           'special_tokens_map.json', 'generation_config.json',
+                           'chat_template.jinja']
+    if name in OPENAI and not os.path.isdir(name):
+        return GPT2Tokenizer()
+    if not os.path.isdir(name) and not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
+        raise UsageError(f'tokenizer {name!r} is not known: it must be char, gpt2, or a Hugging '
+                         'Face folder or name, like HuggingFaceTB/SmolLM2-135M')
     with user_errors((OSError, ValueError, ImportError), f'cannot read the tokenizer {name}',
                      'connect, or choose another folder or name'):
         if not os.path.isdir(name):
-            if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
-                return GPT2Tokenizer()
-            if not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
-                raise UsageError(f'tokenizer {name!r} is not known: it must be char, gpt2, or a '
-                                 'Hugging Face folder or name, like HuggingFaceTB/SmolLM2-135M')
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(name, allow_patterns=files)
         paths = [Path(folder, file) for file in files]
         texts = {path.name: path.read_text('utf-8') for path in paths if path.exists()}
-        special, config = (json.loads(texts.get(file, '{}')) for file in files[1::2])
+        config, settings, tokens, generation = parts = [
+            json.loads(texts.get(f'{file}.json', '{}')) for file in (
+                'config', 'tokenizer_config', 'special_tokens_map', 'generation_config')]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError('a .json file is no object')
     if 'tokenizer.json' not in texts:
         if 'vocab.json' not in texts and config.get('vocab_size') == 50257:
             return GPT2Tokenizer()  # a folder of GPT-2's weights alone
         raise UserError(f'{name} has no tokenizer.json: add the one that transformers saves')
-    tokenizer = HuggingFaceTokenizer(texts['tokenizer.json'])
-    vocab = tokenizer.wrapped.get_vocab()
-    words = sorted(vocab, key=vocab.get)
-    if hashlib.sha256('\n'.join(words).encode()).hexdigest() == GPT2_WORDS:
-        return GPT2Tokenizer()
-    if type(tokenizer.wrapped.model).__name__ == 'WordLevel' and words == sorted(''.join(words)):
-        return CharTokenizer(''.join(words))
-    token = special.get('eos_token')
-    tokenizer.eot = vocab.get(token['content'] if isinstance(token, dict) else token)
+    text = texts.pop('tokenizer.json')
+    texts.pop('config.json', None)
+    if own := own_form(text):
+        return own
+    tokenizer = HuggingFaceTokenizer(text, files=texts)
+    token = settings.get('eos_token') or tokens.get('eos_token')
+    token = token['content'] if isinstance(token, dict) else token
+    ids = generation.get('eos_token_id')
+    tokenizer.eot = (tokenizer.wrapped.token_to_id(token) if isinstance(token, str) else
+                     ids[0] if isinstance(ids, list) else ids)
     return tokenizer
 
 
@@ -158,7 +273,45 @@ def prompt_ids(tokenizer, text):
     """The ids to begin writing with, at least one. Raises UserError if there are none."""
     if text == '\n' and isinstance(tokenizer, CharTokenizer) and text not in tokenizer.chars:
         text = tokenizer.chars[0]  # it is the default, but not every text has line breaks
-    ids = tokenizer.encode(text).tolist()
+    ids = tokenizer.encode_prompt(text).tolist()
     if not ids and tokenizer.eot is None:
         raise UsageError('the prompt is empty: give at least one character, as in --start=TEXT')
     return ids or [tokenizer.eot]
+
+
+class TextStream:
+    """One text that grows token by token, to its end: the token eot, or the stop string."""
+
+    def __init__(self, prompt, ids, tokenizer, stop='', eot=None):
+        self.text, self.start, self.shown, self.done = prompt, len(prompt), 0, False
+        self.decode, self.stop, self.eot = tokenizer.decode, stop, eot
+        self.are_whole = isinstance(tokenizer, CharTokenizer)
+        self.last, self.waiting = ids, []  # the ids that `text` ends with, and those not in it yet
+
+    def add(self, token):
+        """Take one more id; return what can be shown since the last call."""
+        if self.done or token == self.eot:
+            return self.finish()
+        self.waiting.append(token)
+        # Some tokenizers drop a leading space, so decode together with the previous tokens.
+        new = self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
+        if new.endswith('\ufffd') and not self.are_whole:  # a part of a character
+            return ''
+        self.text, self.last, self.waiting = self.text + new, self.waiting, []
+        end = len(self.text) - len(self.stop) + 1  # what follows may begin the stop string
+        if self.stop and self.stop in self.text[self.start :]:
+            end, self.done = self.text.index(self.stop, self.start), True
+            self.text = self.text[:end]
+        return self.show(max(end, self.start))
+
+    def finish(self):
+        """End the text; return the rest of it."""
+        if not self.done:
+            self.done = True
+            self.text += self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
+        return self.show(len(self.text))
+
+    def show(self, end):
+        new = self.text[self.shown : end]
+        self.shown += len(new)
+        return new

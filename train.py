@@ -18,6 +18,7 @@ from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -27,7 +28,7 @@ import console
 import plot_loss
 import runtime
 from checkpoint import load_checkpoint, restore, save_run, starting_point
-from configurator import override
+from configurator import check, override
 from console import Log, Progress, UsageError, UserError, hms
 from dataset import Dataset, evaluation_batches, training_batches
 from llama import MODELS
@@ -35,9 +36,6 @@ from model import MODEL_SIZES
 from muon import Muon
 from runtime import Ranks
 from tokenizer import prompt_ids
-
-REMEDIES = ('Remedies: a lower --learning_rate, a smaller --grad_clip, --dtype=float32 (which is '
-            'TF32 on CUDA)')
 
 
 @dataclass
@@ -103,26 +101,18 @@ class TrainConfig:
 
     def __post_init__(self):
         """Fill in the sizes, and refuse impossible values before anything slow. UsageError."""
-        counts = ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
-                  'block_size', 'max_iters', 'muon_steps', 'n_kv_head')
-        choices = dict(model=MODELS, model_size=MODEL_SIZES, optimizer=OPTIMIZERS,
-                       schedule=SCHEDULES, backend=['auto', 'nccl', 'gloo'])
-        for name, value in vars(self).items():
-            if name in choices and value not in choices[name]:
-                raise UsageError(f'{name}={value!r} must be one of {[*choices[name]]}')
-            least = 1 if name in counts else 0
-            if isinstance(value, (int, float)) and not value >= least:  # so NaN is refused as well
-                raise UsageError(f'{name} is {value}: it must be at least {least}')
-            if name in ('beta1', 'beta2', 'muon_momentum') and value >= 1:
-                raise UsageError(f'{name} is {value}: it must be below 1')
+        check(self, at_least_1='eval_interval log_interval gradient_accumulation_steps batch_size '
+              'block_size max_iters muon_steps n_kv_head', below_1='beta1 beta2 muon_momentum',
+              model=MODELS, model_size=MODEL_SIZES, optimizer=OPTIMIZERS, schedule=SCHEDULES,
+              backend=['auto', 'nccl', 'gloo'])
         for name, size in zip(('n_layer', 'n_head', 'n_embd'), MODEL_SIZES[self.model_size]):
             if getattr(self, name) is None:
                 setattr(self, name, size)
         self.out_dir = os.path.expanduser(self.out_dir)
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
-        if self.optimizer == 'muon' and (self.model == 'bigram' or self.shard):
-            raise UsageError('optimizer=muon needs a gpt or a llama, without --shard')
+        if self.optimizer == 'muon' and self.model == 'bigram':
+            raise UsageError('optimizer=muon needs a model with blocks: a gpt or a llama')
 
     @property
     def update_tokens(self):
@@ -130,9 +120,9 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-# How the rate falls: the fraction of the way from min_lr to the peak, by the fraction of the
-# iterations after warmup that are done. Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983.
-# Plateau: Haegele et al. 2024, arXiv:2405.18392. Add your own here.
+# How the rate falls from 1, the peak, to 0, min_lr, while `done` goes from 0 to 1. Cosine:
+# Loshchilov & Hutter 2016, arXiv:1608.03983. Plateau: Haegele et al. 2024, arXiv:2405.18392. Add
+# your own here.
 SCHEDULES = {
     'cosine': lambda done: (1 + math.cos(math.pi * done)) / 2,
     'linear': lambda done: 1 - done,
@@ -177,28 +167,26 @@ def muon(model, cfg, dtype):
         bf16=dtype == torch.bfloat16)]
 
 
-# The setting `optimizer`: a function of (model, cfg, dtype) that returns a list of optimizers, each
-# made with its peak rate, which the schedule scales. Add your own here.
+# By the setting `optimizer`: functions that return optimizers, each made with its peak rate, which
+# the schedule scales. Add your own here.
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def training_loss(model, x, y):
     """The loss that an update lowers, and named parts of it, scalar tensors, for the log.
 
-    Add a second loss here: a balance of experts, a distance from a teacher. Evaluation keeps the
-    plain one.
+    Add a second loss here, like the balance of experts. Evaluation keeps the plain one.
     """
     _, loss = model(x, y, loss_only=True)
     return loss, {}
 
 
-def update(model, batches, micro_steps, optimizers, scaler, amp, ranks, grad_clip):
-    """One update of the weights: forward, backward, clip, step.
+def update(model, batches, cfg, optimizers, scaler, amp, ranks):
+    """One update of the weights by this rank's next batches: forward, backward, clip, step.
 
-    batches: an iterator of (x, y); the next `micro_steps` are this rank's part of the update.
     Returns the loss, the norm of the gradient, and the named parts of the loss, as floats.
     """
-    figures = defaultdict(float)
+    figures, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
         x, y = next(batches)
         runtime.sync_gradients(model, micro_step == micro_steps - 1)  # once is enough
@@ -210,7 +198,7 @@ def update(model, batches, micro_steps, optimizers, scaler, amp, ranks, grad_cli
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     figures['norm'] = runtime.gather(norm)  # the same on all ranks
     means = ranks.sum(torch.stack([*figures.values()])) / ranks.world_size
     figures = dict(zip(figures, means.tolist()))  # here the host waits for the GPU
@@ -236,7 +224,7 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
         for x, y, done in evaluation_batches(split, cfg, ranks, device):
             if ranks.any(stop.received):
                 return {}
-            progress.show(done, f'evaluating {name}: {done:.0%}')
+            progress.show_progress(done, f'evaluating {name}: {done:.0%}')
             with amp:
                 _, loss = model(x, y, loss_only=True)
             counted = (y != -1).sum().item()
@@ -245,15 +233,6 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
         losses[name] = total / count
     model.train()
     return losses
-
-
-def print_losses(losses, tokenizer, progress):
-    """Print the loss of each split, with perplexity and bits."""
-    unit = 'character' if tokenizer.state()['type'] == 'char' else 'token'
-    for name, loss in losses.items():
-        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf past 700
-        progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
-                            f'{loss / math.log(2):.4f} bits per {unit}')
 
 
 def measure_best_again(run, model, cfg, data, measure, progress):
@@ -276,9 +255,8 @@ def measure_best_again(run, model, cfg, data, measure, progress):
 
 def sample_text(model, tokenizer, cfg, device, amp):
     """A short sample of the current model, each line after a bar."""
-    start = cfg.sample_start.replace('\\n', '\n')  # a shell passes \n as two characters
     try:
-        prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
+        prompt = torch.tensor([prompt_ids(tokenizer, cfg.sample_start)], device=device)
     except UserError as error:  # a character that the alphabet lacks, or tiktoken has no files
         return f'(no sample: {error})'
     generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -293,15 +271,15 @@ def train(cfg, catch_signals=False):
     """Train as `cfg` says; returns the best validation loss, or None for `eval_only`.
 
     catch_signals: save and exit after Ctrl-C and the signals that end jobs. Otherwise nothing in
-    the process is changed. Raises UserError for mistakes that a user can fix.
+    the process is changed. Raises UserError.
     """
     ranks = Ranks()
     cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has nothing to shard
     micro_batches = cfg.gradient_accumulation_steps
     if micro_batches % ranks.world_size and not cfg.eval_only:
-        nearest = math.ceil(micro_batches / ranks.world_size) * ranks.world_size
         raise UsageError(f'gradient_accumulation_steps={micro_batches} must be a multiple of the '
-                         f'{ranks.world_size} processes: try {nearest}')
+                         f'{ranks.world_size} processes: try '
+                         f'{micro_batches + -micro_batches % ranks.world_size}')
     device, dtype = runtime.device_and_dtype(cfg)
     progress = Progress(enabled=ranks.is_main)
     writes = ranks.is_main and not cfg.eval_only
@@ -309,7 +287,9 @@ def train(cfg, catch_signals=False):
               f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
     with (
         console.locked(cfg.out_dir) if writes else nullcontext(),
-        torch.accelerator.device_index(device.index), torch.random.fork_rng(),
+        torch.accelerator.device_index(device.index),
+        # of its own device alone: to ask others for their state starts CUDA on each of them
+        torch.random.fork_rng([] if device.type == 'cpu' else [device], device_type=device.type),
         ranks.joined(device, cfg.backend), runtime.out_of_memory(remedy),
     ):
         data = Dataset(cfg.dataset, ranks)
@@ -322,7 +302,7 @@ def train(cfg, catch_signals=False):
 
 def set_up(cfg, data, ranks, device, dtype, progress):
     """Make or load what a run consists of: (cfg, model, optimizers, scaler, run)."""
-    cfg, model, checkpoint = starting_point(cfg, data.tokenizer, ranks, device, progress)
+    cfg, model, checkpoint = starting_point(cfg, data.tokenizer, ranks, device, dtype, progress)
     optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, dtype)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group['lr_scale'] = group['lr'] / (cfg.learning_rate or 1)  # its own peak by the setting
@@ -334,10 +314,9 @@ def set_up(cfg, data, ranks, device, dtype, progress):
     if checkpoint and not cfg.eval_only:
         run |= restore(checkpoint, run, optimizers, scaler)
     progress.print_line(
-        f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens; '
-        f'{cfg.model} of {model.num_params():,} parameters, {cfg.update_tokens:,} tokens an '
-        f'update; {device} in {str(dtype).removeprefix("torch.")}; results in '
-        f'{os.path.abspath(cfg.out_dir)}')
+        f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens, '
+        f'{cfg.update_tokens:,} an update; {cfg.model} of {model.num_params():,} parameters on '
+        f'{device} in {str(dtype)[6:]}; results in {os.path.abspath(cfg.out_dir)}')
     return cfg, model, optimizers, scaler, run
 
 
@@ -349,18 +328,21 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     measure = partial(evaluate, cfg=cfg, ranks=ranks, device=device, amp=amp, stop=stop,
                       progress=progress)
     if cfg.eval_only:
-        return print_losses(measure(raw, data.splits), data.tokenizer, progress)
+        for name, loss in measure(raw, data.splits).items():
+            perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf past 700
+            progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
+                                f'{loss / math.log(2):.4f} bits per token')
+        return None
     measure_best_again(run, raw, cfg, data, measure, progress)
     splits = {name: data.splits[name] for name in ('val', 'train')}
     batches = training_batches(splits['train'], cfg, ranks, device, run['iter_num'])
     model = runtime.wrap(raw, cfg, ranks, device, amp, splits['train'])
     peak_speed = runtime.peak_speed(raw, cfg, ranks, device, dtype)
     log = Log(cfg, run, ranks.is_main)
-    start, micro_steps = run['iter_num'], cfg.gradient_accumulation_steps // ranks.world_size
-    bad_in_a_row, saved, look_seconds, times = 0, None, 0.0, deque(maxlen=20)
+    bad_in_a_row, saved, look_seconds, times = 0, None, 0.0, deque(maxlen=20)  # of updates
     began = time.perf_counter() - run['seconds']
 
-    for it in range(start, cfg.max_iters + 1):  # one more turn than updates: it evaluates the last
+    for it in range(run['iter_num'], cfg.max_iters + 1):  # one more turn than updates, to look
         # --- look: evaluate, save, sample
         before, losses, improved, is_last = time.perf_counter(), {}, False, it == cfg.max_iters
         if it % cfg.eval_interval == 0 or is_last:
@@ -380,14 +362,13 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             log.write(row)  # before the checkpoint, so that no crash comes between
         stopping = ranks.any(stop.received)
         is_kept = cfg.keep_interval and it % cfg.keep_interval == 0
-        is_due = stopping or is_kept or (losses and cfg.always_save_checkpoint)
-        if improved or (is_due and it > start):
+        if improved or (times and (stopping or is_kept or losses and cfg.always_save_checkpoint)):
             saved = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
                              improved, is_kept, is_evaluated=bool(losses))
             ranks.wait()  # rank 0 is still writing; torchrun would end it if the others left
-        if losses and cfg.sample_tokens:
-            progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
         if losses:
+            if cfg.sample_tokens:
+                progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
             look_seconds = time.perf_counter() - before
         if is_last or stopping:
             break
@@ -398,20 +379,19 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         rate, before = learning_rate(cfg, it), time.perf_counter()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = rate * group['lr_scale']
-        loss, norm, parts = update(model, batches, micro_steps, optimizers, scaler, amp, ranks,
-                                   cfg.grad_clip)
+        loss, norm, parts = update(model, batches, cfg, optimizers, scaler, amp, ranks)
 
         # --- tell: progress line, log
         times.append(time.perf_counter() - before)
         seconds = median(times)
         speed, is_finite = cfg.update_tokens / seconds, math.isfinite(loss + norm)
         mfu = round(speed / peak_speed, 4) if peak_speed else None
-        left = (seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1)
-        line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {hms(left)} left, '
+        left = hms((seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1))
+        line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {left} left, '
                 f'{speed:,.0f} tok/s, epoch {row["epochs"]:.2f}')
         line += f', mfu {mfu:.1%}' if mfu else ''
         if progress.live:
-            progress.show((it + 1) / cfg.max_iters, line)
+            progress.show_progress((it + 1) / cfg.max_iters, line)
         elif it % cfg.log_interval == 0:
             progress.print_line(line)
         run['tokens'] += cfg.update_tokens
@@ -424,7 +404,9 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. {REMEDIES}')
+                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. Try a lower '
+                            '--learning_rate, a smaller --grad_clip, or --dtype=float32 (on CUDA: '
+                            'TF32)')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
@@ -436,17 +418,17 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
 
 def print_end(cfg, run, saved, stopping, progress):
     """Print where the results are, and what to type next."""
-    if stopping:
-        resume = '--init_from=resume'
-        if saved and not saved.endswith('ckpt.pt'):  # the run that was in out_dir before stays
-            resume += f':{saved} and another --out_dir'
-        progress.print_line(f'stopped at iteration {run["iter_num"]}; ' + (
-            f'{saved} is saved: to resume, add {resume}' if saved else 'nothing new to save'))
+    if not stopping:
+        script = os.path.relpath(Path(__file__).resolve().with_name('sample.py'))
+        command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
+        progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'
+                            f', weights in {cfg.out_dir}\nnow: {command}')
         return
-    script = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'sample.py')
-    command = [sys.orig_argv[0], os.path.relpath(script), f'--out_dir={cfg.out_dir}']
-    progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}, '
-                        f'weights in {cfg.out_dir}\nnow: {shlex.join(command)}')
+    # A run that was in out_dir before may have kept its ckpt.pt.
+    path = '' if saved and saved.endswith('ckpt.pt') else f':{saved} and another --out_dir'
+    saved = f'{saved} is saved: to resume, add --init_from=resume{path}' if saved else (
+        'nothing new to save')
+    progress.print_line(f'stopped at iteration {run["iter_num"]}; {saved}')
 
 
 def main(argv):

@@ -1,23 +1,32 @@
 """What the tests share: a folder to work in, a small dataset, the scripts as real processes."""
 
 import contextlib
+import glob
 import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import types
 
+# Tests see no GPU: once torch has used one, or only a thread for its gradients, scripts could no
+# longer be forked. Those of test_gpu.py get the first one back.
+GPU = {'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0')}
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 import pytest
 import torch
+import torch._dynamo  # as an optimizer does: once here, not in each process that is forked
 
 import console
 import prepare_text
 from console import Progress
 
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # its threads would not survive a fork
 os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: the models here are too small to share
 torch.set_num_threads(1)
 
@@ -30,6 +39,16 @@ TINY = dict(
     n_layer=2, n_head=2, n_embd=32, learning_rate=1e-2, warmup_iters=2, max_iters=6,
     eval_interval=3, eval_iters=2, log_interval=1, sample_tokens=8, device='cpu', dtype='float32',
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption('--no-bf16', action='store_true',
+                     help='as on a CPU without bf16 instructions: dtype "auto" is float32')
+
+
+def pytest_configure(config):
+    if config.getoption('--no-bf16'):
+        torch.cpu.get_capabilities = dict
 
 
 @pytest.fixture(autouse=True)
@@ -92,20 +111,28 @@ def script(name, *args, processes=1, input='', env=None, timeout=120):
     return result
 
 
-def forked(name, args, files, others=()):
+def forked(name, args, files, others=(), env=None):
     """Start a script in a fork of this process, with `files` as its standard ones.
 
-    others: file descriptors that are not for it.
+    others: file descriptors that are not for it. A script elsewhere than in the project has the
+    modules beside it.
     """
+    path = os.path.join(ROOT, name)
+
     def work():
+        os.environ.update(env or {})
+        if os.path.dirname(path) != ROOT:
+            sys.path.insert(0, os.path.dirname(path))
+            for own in glob.glob(os.path.join(ROOT, '*.py')):
+                sys.modules.pop(os.path.basename(own).removesuffix('.py'), None)
         for i, file in enumerate(files):
             os.dup2(file.fileno(), i)
         for descriptor in others:
             os.close(descriptor)
         sys.stdin, sys.stdout, sys.stderr = (
             open(i, mode, encoding='utf-8', closefd=False) for i, mode in enumerate('rww'))
-        sys.argv = [os.path.join(ROOT, name), *args]
-        runpy.run_path(sys.argv[0], run_name='__main__')
+        sys.argv = [path, *args]
+        runpy.run_path(path, run_name='__main__')
 
     process = multiprocessing.get_context('fork').Process(target=work)
     process.start()
@@ -120,24 +147,48 @@ def piped(name, *args):
     return process, open(output, encoding='utf-8'), open(errors, encoding='utf-8')
 
 
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the project's scripts, to edit as a reader of it would."""
+    folder = tmp_path / 'source'
+    folder.mkdir()
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        shutil.copy(path, folder)
+    return folder
+
+
+def edited(source, file, *changes):
+    """Replace texts in a file of the copy: pairs (old, new); each old one stands there once."""
+    path = source / file
+    text = path.read_text('utf-8')
+    for old, new in changes:
+        assert text.count(old) == 1, f'{text.count(old)} times in {file}: {old}'
+        text = text.replace(old, new)
+    path.write_text(text, 'utf-8')
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
 
+def rank_of(rank, processes, port):
+    """What torchrun tells a process. Each machine has two of them."""
+    return {'RANK': str(rank), 'LOCAL_RANK': str(rank % 2), 'WORLD_SIZE': str(processes),
+            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+
+
 def train_together(cfg, processes=2, exit_codes=None):
     """Train in several processes without torchrun: forked, since torch is loaded here already.
 
-    They are told that each machine has two of them. All must end with 0, or as `exit_codes` say.
+    All must end with 0, or as `exit_codes` say.
     """
     import train
 
     def work(rank, port):
-        os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank % 2),
-                       'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
-                       'MASTER_PORT': str(port)}
-        console.run(lambda argv: train.train(cfg, catch_signals=True))  # errors are as a script shows them
+        os.environ.update(rank_of(rank, processes, port))
+        console.run(lambda argv: train.train(cfg, catch_signals=True))  # errors as a script's
 
     context, port = multiprocessing.get_context('fork'), free_port()
     ranks = [context.Process(target=work, args=(rank, port)) for rank in range(processes)]
@@ -147,6 +198,19 @@ def train_together(cfg, processes=2, exit_codes=None):
         rank.join(60)
         rank.kill()
     assert [rank.exitcode for rank in ranks] == (exit_codes or [0] * processes)
+
+
+def scripts_together(path, args, processes=2):
+    """Run a script in several processes without torchrun: (exit codes, all that they wrote)."""
+    port = free_port()
+    with tempfile.TemporaryFile('w+') as output, open(os.devnull) as nothing:
+        ranks = [forked(path, args, [nothing, output, output], env=rank_of(rank, processes, port))
+                 for rank in range(processes)]
+        for rank in ranks:
+            rank.join(60)
+            rank.kill()
+        output.seek(0)
+        return [rank.exitcode for rank in ranks], output.read()
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """Prepared datasets, to the byte."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import urllib.request
 from types import SimpleNamespace
@@ -59,9 +62,27 @@ def test_running_twice_gives_the_same_bytes(folder):
 def test_several_files(folder):
     for name, text in [('b.txt', 'BBB'), ('a.txt', 'AAA\n'), ('z.txt', 'ZZZ')]:
         (folder / name).write_text(text)
-    assert prepare_text.read_text(['z.txt', 'a.txt', 'b.txt']) == 'ZZZ\nAAA\nBBB'
-    with pytest.raises(UserError, match='cannot read  .Is a directory'):
-        prepare_text.read_text([''])  # as from an unset variable
+    prepare_text.main(['z.txt', 'a.txt', 'b.txt', '--dataset=x', '--val_fraction=0.2'])
+    meta = json.load(open('data/x/meta.json'))
+    text = tokenizer_from(meta['tokenizer']).decode(ids_of('x', 'train') + ids_of('x', 'val'))
+    assert text == 'ZZZ\nAAA\nBBB' and meta['source'] == 'z.txt a.txt b.txt'
+    with pytest.raises(UserError, match="there are no text files ''"):
+        prepare_text.main(['', '--dataset=x'])  # as from an unset variable
+
+
+def test_folders_patterns_and_many_files(folder, capsys):
+    """A folder means its .txt files; patterns are expanded where a shell doesn't."""
+    for i in range(30):
+        path = folder / f'd{i % 3}' / f'{i:02}.txt'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'{i:02}')
+    (folder / 'd0' / 'picture.png').write_bytes(b'\x89PNG')
+    prepare_text.main(['d0', 'd1/*.txt', 'd2/02.txt', '--dataset=x'])
+    meta = json.load(open('data/x/meta.json'))
+    assert meta['source'] == '00.txt 03.txt 06.txt and 18 more'
+    assert len(capsys.readouterr().out) < 200
+    text = tokenizer_from(meta['tokenizer']).decode(ids_of('x', 'train') + ids_of('x', 'val'))
+    assert text.split('\n') == [f'{i:02}' for i in [*range(0, 30, 3), *range(1, 30, 3), 2]]
 
 
 def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
@@ -102,13 +123,48 @@ def test_a_wrong_name_is_refused_before_a_download(folder):
             script.main(['--dataset=../x'])
 
 
-@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-be', 'latin1'])
-def test_a_file_that_is_not_utf_8_is_told_its_encoding(folder, encoding):
-    text = ('\ufeff' if encoding == 'utf-16-be' else '') + 'café'
-    (folder / 'my.txt').write_bytes(text.encode(encoding))
-    with pytest.raises(UserError, match=f'iconv -f {encoding[:6]} -t utf-8') as raised:
-        prepare_text.read_text(['my.txt'])
-    assert '\n' not in str(raised.value)
+@pytest.mark.parametrize('encoding, bom', [
+    ('utf-16', ''), ('utf-16-be', '\ufeff'), ('utf-16-le', ''), ('utf-16-be', ''),
+    ('utf-32', ''), ('utf-32-le', ''), ('utf-32-be', ''), ('utf-32-be', '\ufeff'),
+])
+def test_text_of_another_width_is_named(folder, encoding, bom):
+    """Without a mark, too: as UTF-8 it would be text with a NUL at every second place."""
+    (folder / 'my.txt').write_bytes((bom + 'Dorothy’s café\n' * 99).encode(encoding))
+    kind = encoding[:6].upper()
+    with pytest.raises(UserError, match=f'my.txt: it is {kind}, not UTF-8.*iconv -f {kind} ') as e:
+        prepare_text.main(['my.txt', '--dataset=my'])
+    assert '\n' not in str(e.value) and not os.path.exists('data')
+
+
+@pytest.mark.parametrize('data, kind', [
+    (gzip.compress(b'some text'), 'gzip'), (b'PK\3\4docx', 'zip'), (b'%PDF-1.7', 'PDF'),
+    (lzma.compress(b'text'), 'xz'), (bz2.compress(b'text'), 'bzip2'),
+])
+def test_files_that_are_no_text_are_named(folder, data, kind):
+    (folder / 'my.txt').write_bytes(data)
+    with pytest.raises(UserError, match=f'it is {kind}'):
+        prepare_text.read_text('my.txt', 'replace')
+
+
+@pytest.mark.parametrize('data, count, position', [
+    (b'caf\xe9', 1, 3), ('中文文本'.encode('gbk') * 9, 54, 0), ('naïve’'.encode()[:-1], 2, 6),
+    (b'a' * 5000 + b'\xff' + b'b' * 5000, 1, 5000),
+])
+def test_broken_bytes_are_counted_and_may_be_replaced(folder, data, count, position):
+    (folder / 'my.txt').write_bytes(data)
+    with pytest.raises(UserError, match=f': {count} of its bytes are not UTF-8, the first at '
+                                        f'position {position}: .*--errors=replace') as error:
+        prepare_text.main(['my.txt', '--dataset=my'])
+    assert '\n' not in str(error.value) and 'latin1' not in str(error.value)
+    text = prepare_text.read_text('my.txt', 'replace')
+    assert '\ufffd' in text and text.replace('\ufffd', '') == data.decode(errors='ignore')
+
+
+def test_a_split_of_one_token_is_refused_when_prepared(folder):
+    """In tokens: a text of many characters may have few."""
+    with pytest.raises(UserError, match='19 train, 1 val tokens: each split needs two'):
+        prepare_text.prepare('abcdefghij' * 2, 'x', val_fraction=0.05)
+    assert not os.path.exists('data/x')
 
 
 def test_too_many_characters_for_16_bits(folder):
@@ -271,7 +327,7 @@ def test_a_missing_dataset_names_its_script(folder):
 
 
 def test_a_missing_dataset_is_made_by_its_script(folder, monkeypatch, capfd):
-    monkeypatch.setattr('dataset.PREPARE', {'mine': f'prepare_text.py {STORY} --dataset=mine'})
+    monkeypatch.setattr('prepare_text.PREPARE', {'mine': f'prepare_text.py {STORY} --dataset=mine'})
     dataset = Dataset('mine', ALONE)
     assert dataset.splits['train'].tokens > 100_000 and dataset.source == 'oz_retold.txt'
     assert os.path.exists(os.path.join(ROOT, 'prepare_text.py'))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, STORY, TINY, flags, free_port, script, steps, train_together
 
-import dataset
+import prepare_text
 import train
 from checkpoint import load_checkpoint
 from console import UserError
@@ -78,7 +78,7 @@ def test_two_nodes_equal_one(tiny):
 
 def test_a_missing_dataset_is_made_once(tiny, monkeypatch, capfd):
     """By the first process, while the others wait; the table names the script."""
-    monkeypatch.setitem(dataset.PREPARE, 'story',
+    monkeypatch.setitem(prepare_text.PREPARE, 'story',
                         f'prepare_text.py {tiny}/story.txt --dataset=story')
     with open(STORY, encoding='utf-8') as file:
         (tiny / 'story.txt').write_text(file.read(20_000), encoding='utf-8')

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -411,13 +412,6 @@ def test_a_dataset_that_we_can_make_is_made(folder, monkeypatch, request, name):
     assert kind == ('gpt2' if name == 'shakespeare' else 'char')
 
 
-def test_a_utf_16_file_is_told(folder, error_of):
-    with open('notepad.txt', 'w', encoding='utf-16') as file:
-        file.write('Dorothy and Toto\n' * 9)
-    error = error_of(prepare_text.main, 'notepad.txt', '--dataset=notes')
-    assert 'utf-16' in error and 'latin1' not in error
-
-
 # --- eight bits
 
 
@@ -637,58 +631,6 @@ def test_no_targets_at_all_have_no_gradient(monkeypatch, most_logits):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-# --- torch.compile: how many graphs
-
-
-@pytest.fixture
-def counter():
-    """A backend for torch.compile that counts graphs, and runs them as they are."""
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    yield CompileCounter()
-    torch._dynamo.reset()
-
-
-def test_shorter_windows_need_few_graphs(counter):
-    """One to train, one to evaluate the same shape, one to evaluate any shorter one."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2, n_embd=8))
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for T, training in ((16, True), (16, False), (7, False), (11, False), (5, False), (16, True)):
-        idx = torch.randint(20, (4, T))
-        compiled.train(training)
-        with torch.set_grad_enabled(training):
-            _, loss = compiled(idx, idx, loss_only=True)
-            _, plain = model(idx, idx, loss_only=True)
-        torch.testing.assert_close(loss, plain)
-    assert counter.frame_count <= 3
-
-
-def test_a_training_run_needs_few_graphs(tiny, monkeypatch, counter):
-    """Whole splits are evaluated, whose last batch and last window are shorter."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda model: compile(model, backend=counter))
-    run(compile=True, eval_iters=0, batch_size=64, max_iters=4, eval_interval=2)
-    assert 1 < counter.frame_count <= 5
-
-
-def test_sampling_needs_few_graphs(tiny, monkeypatch, counter, capsys):
-    run(max_iters=2)
-    args = ['--device=cpu', '--dtype=float32', '--num_samples=2', '--max_new_tokens=60']
-    texts = []
-    for compile in (False, True):
-        if compile:
-            monkeypatch.setattr(GPT, 'compile', lambda self, **options: (
-                torch.nn.Module.compile(self, backend=counter, **options)))
-            monkeypatch.setattr(torch._dynamo.config, 'fail_on_recompile_limit_hit', True)
-        capsys.readouterr()
-        sample.main([*args, f'--compile={compile}'])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and len(texts[0]) > 100
-    assert 1 <= counter.frame_count <= 4
-
-
 # --- the training loop
 
 
@@ -861,8 +803,11 @@ def test_a_text_without_line_breaks_can_be_sampled(one_line, capsys):
 
 def test_a_prompt_can_have_line_breaks(tiny, capsys):
     run(max_iters=1)
-    assert written(capsys, r'--start=the\nlion').startswith('the\nlion')
+    assert written(capsys, '--start=the\nlion').startswith('the\nlion')
     assert written(capsys, r'--start=\n') == written(capsys)
+    assert written(capsys, r'--start=\n\n').startswith('\n\n')
+    with pytest.raises(UserError, match=r"'\\\\' at position 3"):  # as it was typed
+        written(capsys, r'--start=the\nlion')
 
 
 @pytest.mark.parametrize('typed', [b'the lion\n', b'the lion\r\n', b'the lion'])
@@ -878,14 +823,32 @@ def test_errors_are_not_cut_within_a_word(tiny, error_of):
     checkpoint = torch.load('out/best.pt', weights_only=True)
     names = {*checkpoint['model']}
     torch.save(checkpoint | {'model': {}}, 'out/best.pt')
-    told = error_of(sample.main, '--device=cpu').split('them: ')[1].removesuffix(' [...]\n')
-    assert 100 < len(told) < len(', '.join(names)) - 100
-    assert set(told.rstrip(',').split(', ')) < names
+    told = error_of(sample.main, '--device=cpu')
+    named = re.findall(r'"(\S+)"[,.]', told)
+    assert 150 < len(told) < 300 and 1 < len(named) < len(names) and {*named} < names
 
 
 def test_bench_names_its_rows(error_of):
     error = error_of(bench.main, '--only=nope', '--device=cpu')
     assert "'nope'" in error and 'baby' in error
+
+
+def test_bench_says_what_needs_a_gpu(error_of):
+    assert 'need an NVIDIA GPU' in error_of(bench.main, '--only=CUDA')
+
+
+def test_bench_trains_where_the_peak_is_not_known(folder, monkeypatch, capsys):
+    small = dict(updates=20, batch_size=2, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    monkeypatch.setitem(bench.ROWS, 'small', (bench.bench_training, small))
+    bench.main(['--row=small', '--device=cpu'])
+    assert re.search(r'^\| small \| [\d,]+ tok/s \| n/a \| [\d.]+ GiB \|$',
+                     capsys.readouterr().out, re.M)
+
+
+def test_bench_fails_if_a_row_does(monkeypatch, error_of, capsys):
+    monkeypatch.setattr(bench.subprocess, 'run', lambda *_, **__: SimpleNamespace(stdout=''))
+    error = error_of(bench.main, '--only=batch 16', '--device=cpu')
+    assert 'no figures of sample baby 6x384, batch 16, sample gpt2 124M, batch 16' in error
 
 
 def test_weights_that_do_not_fit_are_not_resumed(tiny, error_of):
@@ -957,7 +920,7 @@ def test_tokens_are_counted_when_the_batch_changes(tiny):
 
 
 def test_ctrl_c_while_a_dataset_is_made_ends_quietly(tiny, monkeypatch, capfd):
-    monkeypatch.setattr(dataset.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(prepare_text.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(dataset='wizard_char')
     assert capfd.readouterr().out == ''

@@ -151,6 +151,29 @@ def test_muon_follows_its_definition(bf16, near):
     assert all(torch.allclose(a, b, atol=near) for a, b in zip(pieces, expected))
 
 
+def test_muon_takes_a_stack_of_matrices_one_by_one():
+    torch.manual_seed(0)
+    stack = torch.randn(3, 16, 8)
+    together = torch.nn.Parameter(stack.clone())
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in stack]
+    optimizers = Muon([together], lr=0.1), Muon(alone, lr=0.1)
+    for _ in range(3):
+        together.grad = torch.randn(3, 16, 8)
+        for p, gradient in zip(alone, together.grad):
+            p.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(together, torch.stack(list(alone)), atol=1e-6)
+
+
+def test_muon_skips_a_weight_without_a_gradient():
+    used, unused = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([used, unused], lr=0.1)
+    used.grad = torch.randn(4, 4)
+    optimizer.step()
+    assert unused.eq(1).all() and not used.eq(1).any() and len(optimizer.state) == 1
+
+
 def test_a_head_of_its_own(tiny, capsys):
     run = RUN | dict(tied=False, max_iters=4, eval_interval=2)
     train.train(TrainConfig(**run | dict(out_dir='whole')))
@@ -214,7 +237,6 @@ def test_a_bad_batch_moves_nothing(tiny, monkeypatch):
 
 @pytest.mark.parametrize('settings, words', [
     (dict(model='bigram'), 'a gpt or a llama'), (dict(optimizer='adam'), "'adam'"),
-    (dict(shard=True), 'without --shard'),
 ])
 def test_what_muon_cannot_do_is_refused(settings, words):
     with pytest.raises(train.UsageError, match=words):

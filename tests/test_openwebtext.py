@@ -201,7 +201,7 @@ def test_parquet_without_texts_says_which_column_is_needed(bpe, folder, monkeypa
 def test_parquet_without_its_package_says_what_to_install(bpe, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     write('a.parquet', b'PAR1')
-    with pytest.raises(UserError, match='pip install pyarrow'):
+    with pytest.raises(UserError, match="pyarrow is missing .*pip install 'pyarrow>="):
         prepare('--input=a.parquet')
 
 
@@ -753,7 +753,7 @@ def test_without_curl_it_says_so(bpe, folder, monkeypatch):
 
 def test_progress_where_there_is_no_terminal(bpe, folder, monkeypatch, capsys):
     show = lambda self, fraction, text: self.print_line(text)  # noqa: E731
-    monkeypatch.setattr(owt.console.Progress, 'show', show)
+    monkeypatch.setattr(owt.console.Progress, 'show_progress', show)
     documents = make_documents()
     inner(documents)
     prepare('--input=in')

@@ -113,7 +113,7 @@ def test_an_error_of_the_script_is_one_line(folder):
 def test_without_matplotlib_it_says_how_to_get_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     small_run()
-    with pytest.raises(UserError, match='pip install matplotlib$'):
+    with pytest.raises(UserError, match="pip install 'matplotlib>=3.9'$"):
         plot_loss.main(['out'])
     assert os.listdir('.') == ['out']
 

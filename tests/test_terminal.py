@@ -137,7 +137,7 @@ def test_a_narrow_terminal_cuts_the_bar_and_then_the_text(
     progress, monkeypatch, capsys, columns, cells,
 ):
     monkeypatch.setenv('COLUMNS', str(columns))
-    progress.show(0.5, TEXT)
+    progress.show_progress(0.5, TEXT)
     (line,) = live_lines(capsys.readouterr().out)
     bar = '━' * round(cells / 2) + '╌' * (cells - round(cells / 2))
     assert line == f'{bar} {TEXT}'.strip()[: columns - 3]
@@ -146,7 +146,7 @@ def test_a_narrow_terminal_cuts_the_bar_and_then_the_text(
 @pytest.mark.parametrize('share, full', [(0, 0), (0.01, 0), (0.5, 10), (1, 20)])
 def test_the_bar_fills(progress, monkeypatch, capsys, share, full):
     monkeypatch.setenv('COLUMNS', '200')
-    progress.show(share, TEXT)
+    progress.show_progress(share, TEXT)
     out = capsys.readouterr().out
     assert out.count('━') == full and out.count('╌') == 20 - full
 
@@ -154,7 +154,7 @@ def test_the_bar_fills(progress, monkeypatch, capsys, share, full):
 def test_a_live_line_is_drawn_ten_times_a_second_at_most(progress, clock, capsys):
     for n in range(1000):
         clock.now = 1 + n / 1000
-        progress.show(n / 1000, f'part {n}')
+        progress.show_progress(n / 1000, f'part {n}')
     progress.print_line('done')
     out = capsys.readouterr().out
     assert 9 <= len(live_lines(out)) <= 10 and screen(out) == ['done', '']
@@ -163,18 +163,18 @@ def test_a_live_line_is_drawn_ten_times_a_second_at_most(progress, clock, capsys
 def test_a_job_that_is_soon_done_writes_nothing_into_a_file(clock, capsys):
     progress = Progress()
     for n in range(100):
-        progress.show(n / 100, f'reading {n}%')
+        progress.show_progress(n / 100, f'reading {n}%')
     assert capsys.readouterr().out == ''
     clock.now = 11
-    progress.show(1, 'reading 100%')
-    progress.show(1, 'reading 100%')
+    progress.show_progress(1, 'reading 100%')
+    progress.show_progress(1, 'reading 100%')
     assert capsys.readouterr().out == 'reading 100%\n'
 
 
 def test_a_silent_process_writes_nothing(clock, capsys):
     progress = Progress(enabled=False)
     clock.now = 11
-    progress.show(0.5, 'reading')
+    progress.show_progress(0.5, 'reading')
     progress.print_line('done')
     assert capsys.readouterr().out == ''
 
@@ -185,7 +185,7 @@ import console, time
 def main(argv):
     progress = console.Progress()
     time.sleep(0.2)
-    progress.show(0.5, 'half of it')
+    progress.show_progress(0.5, 'half of it')
     raise console.UserError('that was all')
 console.run(main)
 """)

@@ -10,7 +10,7 @@ import pytest
 
 from console import UsageError, UserError
 from export_hf import hugging_face_tokenizer
-from sample import Text
+from tokenizer import TextStream
 from tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -35,7 +35,7 @@ def gpt2():
 
 def stream(tokenizer, ids, prompt=()):
     """What sample.py shows after each of `ids`."""
-    text = Text('', list(prompt), tokenizer.decode, '')
+    text = TextStream('', list(prompt), tokenizer)
     for i in ids:
         yield text.add(int(i))
 
@@ -258,7 +258,7 @@ def test_a_broken_folder_is_one_line(folder, text):
 def test_without_the_library_it_says_what_to_install(folder, monkeypatch):
     make_folder('hf')
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    with pytest.raises(UserError, match='pip install tokenizers'):
+    with pytest.raises(UserError, match="pip install 'tokenizers>=0.22'"):
         tokenizer_of('hf')
 
 
@@ -267,7 +267,7 @@ def test_a_name_on_hugging_face_is_downloaded(folder, monkeypatch):
     make_folder('snapshot')
 
     def download(name, allow_patterns):
-        assert all(pattern.endswith('.json') for pattern in allow_patterns)  # no code
+        assert all(pattern.endswith(('.json', '.jinja')) for pattern in allow_patterns)  # no code
         if name != 'some/model':
             raise OSError('no such model,\nor no network')
         return 'snapshot'
