@@ -10,14 +10,11 @@ release's .tar, .tar.xz or .xz, of .tar or .tar.xz with .txt files, or of .parqu
 
 In each document, three or more line feeds in a row become two, white space at both ends is removed,
 and bytes that are not UTF-8 become U+FFFD. Its ids are followed by 50256, the end of text. A hash
-of its text decides whether it is in the val split, so equal documents are in the same split.
-
-If it is killed, run the same command again: it continues from a few seconds earlier. The output is
-the same to the byte for any --num_proc. meta.json has the sha256 of train.bin and val.bin joined.
+of its text decides its split, so equal documents are in the same one. The same command continues a
+killed run. The output is the same to the byte for any --num_proc.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -66,7 +63,7 @@ def reading(name):
 
 
 def bounded(content):
-    """`content`, unless it takes too much memory: ValueError."""
+    """Return `content`. Raises ValueError if it takes too much memory."""
     if len(content) > MAX_BYTES:
         raise ValueError(f'more than {MAX_BYTES:,} bytes in memory at once: split it')
     return content
@@ -84,11 +81,10 @@ def members(file, name, suffixes):
     with tarfile.open(fileobj=file, mode='r:') as tar:
         for member in tar:
             tar.members.clear()  # tarfile would keep all headers
-            is_empty = member.isdir() or member.issym() or member.isdev()
-            wanted = member.name.endswith(suffixes) and not is_empty
+            wanted = member.name.endswith(suffixes) and not member.isdir()
             if member.size < 0 or wanted and (member.issparse() or not member.isreg()):
-                raise UserError(f'{member.name!r} in {name!r} is a hard link, sparse, or broken: '
-                                'pack it again with tar --hard-dereference, without --sparse')
+                raise UserError(f'{member.name!r} in {name!r} is a link, sparse, or broken: pack '
+                                'it again with tar -h --hard-dereference, without --sparse')
             if wanted:  # extractfile is slower
                 yield f'{name}/{member.name}', [tar.fileobj.read(member.size)]
         # tarfile takes a broken header for the end, but the end has zeros. With them we also reach
@@ -111,9 +107,8 @@ def tasks_in(path):
 
             # A row group may have gigabytes: with these options it is read a part at a time.
             table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-            with user_errors((KeyError, NotImplementedError), f'{name!r} has no column `text` of '
-                             'strings', 'give this name to the column that has the documents'):
-                table.schema_arrow.empty_table()['text'].cast('binary')
+            if 'text' not in table.schema_arrow.names:
+                raise UserError(f'{name!r} has no column `text`: give its texts this name')
             tasks = ((name, rows['text'].drop_null().cast('binary').to_pylist())
                      for rows in table.iter_batches(64, columns=['text']))
         elif name.endswith(('.tar', '.tar.xz')):
@@ -128,15 +123,14 @@ def tasks_in(path):
 
 def tokenize(label, task, val_fraction):
     """The ids of a task's documents, as bytes by split, and figures about them."""
-    ids, figures = {'train': [], 'val': []}, Counter()
+    ids = {'train': [], 'val': []}
     if label.endswith('.xz'):
         with reading(label):
             tar = bounded(lzma.open(io.BytesIO(task[0])).read(MAX_BYTES + 1))
             task = [document for _, (document,) in members(io.BytesIO(tar), label, '.txt')]
+    figures = Counter(documents=len(task), bytes=sum(map(len, task)))
     for document in task:
         text = document.decode(errors='replace')
-        figures['documents'] += 1
-        figures['bytes'] += len(document)
         figures['repaired'] += '\ufffd' in text and text.encode() != document
         text = re.sub('\n\n\n+', '\n\n', text).strip()
         draw = zlib.crc32(text.encode()) / 2**32
@@ -154,8 +148,8 @@ def start_worker():
 class Output:
     """train.bin.part, val.bin.part, and progress.json, which records how far they are complete.
 
-    `done` counts tokens, documents and more, and contains the position in the input: the number of
-    complete files, a check sum of the tasks in the next one, and the fraction of all that is done.
+    `done` counts tokens, documents and more, and contains the position in the input: the index of
+    the current file, a check sum of its tasks so far, and the fraction of the whole input.
     """
 
     def __init__(self, cfg, folder, inputs):
@@ -171,14 +165,14 @@ class Output:
                                 'the same now: restore that, or delete the file to restart')
             self.done.update(done)
         for split in ('val', 'train'):
-            final = os.path.join(folder, f'{split}.bin')
-            path, size = f'{final}.part', 2 * self.done[split]
-            if self.done['publishing'] and not os.path.exists(path) and os.path.exists(final):
-                os.replace(final, path)  # a run was killed while it gave the files their names
-            file = self.files[split] = open(path, 'a+b')
+            final, part = Path(folder, f'{split}.bin'), Path(folder, f'{split}.bin.part')
+            if self.done['files'] == len(inputs) and final.exists() and not part.exists():
+                os.replace(final, part)  # a run was killed while it gave the files their names
+            file, size = open(part, 'a+b'), 2 * self.done[split]
             if file.tell() < size:
-                raise UserError(f'{path} is shorter than {self.path} says: delete both to restart')
+                raise UserError(f'{part} is shorter than {self.path} says: delete both to restart')
             file.truncate(size)  # cut off what a killed run wrote after its last save
+            self.files[split] = file
 
     def add(self, ids, figures, position):
         """Write a task's ids, and record the position after it."""
@@ -209,19 +203,17 @@ class Output:
             hashlib.file_digest(self.files[split], lambda: digest)
             tokens[split] = self.done[split]
         write_meta(self.folder, TOKENIZER, source, digest.hexdigest(), tokens)
-        Path(self.folder, 'val.bin').unlink(missing_ok=True)
-        self.done['publishing'] = 1  # no old file is left: from here on, a .bin file is ours
+        self.done['files'] = len(self.settings['inputs'])  # any .bin file is ours from here on
         self.save()
         for file in self.files.values():
             file.close()
-            os.replace(file.name, file.name.removesuffix('.part'))
+            os.replace(file.name, Path(file.name).with_suffix(''))
         os.remove(self.path)
 
     def close(self):
         """Close the files, and remove them if there is nothing to continue from."""
         for file in self.files.values():
-            with contextlib.suppress(OSError):  # a full disk was reported already
-                file.close()
+            file.close()
             if not os.path.exists(self.path):
                 Path(file.name).unlink(missing_ok=True)
 
@@ -247,8 +239,6 @@ def results(cfg, pool, ahead, inputs, start, progress):
             pending.append((pool.submit(tokenize, label, task, cfg.val_fraction), position))
             if len(pending) > ahead:
                 yield pending.popleft()
-        if pending:  # with its last task, the file is done
-            pending[-1] = pending[-1][0], (i + 1, 0, (i + 1) / len(inputs))
     yield from pending
 
 
@@ -261,12 +251,9 @@ def main(argv):
     folder, source = os.path.join('data', cfg.dataset), cfg.input or URL
     inputs = files_in(cfg.input) if cfg.input else [os.path.join(folder, n) for n in SUBSETS]
     if not inputs:
-        raise UsageError(f'input={cfg.input} is missing or has no {", ".join(SUFFIXES)} file: '
-                         'name the archives that you have, or their folder')
+        raise UsageError(f'input={cfg.input} is missing or has no file of {SUFFIXES}: name one')
     progress, workers = console.Progress(), cfg.num_proc or min(8, os.cpu_count() or 1)
     with (
-        user_errors(OSError, f'cannot write into {folder}', 'free some space and run this again',
-                    when=lambda error: error.errno in (errno.ENOSPC, errno.EDQUOT)),
         user_errors(BrokenExecutor, 'a worker was killed', 'a lower --num_proc needs less memory'),
         console.locked(folder),
         contextlib.closing(Output(cfg, folder, inputs)) as output,
@@ -283,12 +270,9 @@ def main(argv):
             speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
             progress.show_progress(fraction, f'{fraction:.1%}, {speed:.1f} MB/s, {left} left, '
                                              f'{done["documents"]:,} documents')
-        split, change = ('train', 'smaller') if done['train'] < done['val'] else ('val', 'larger')
-        if done[split] < 2:
-            Path(output.path).unlink(missing_ok=True)  # with another val_fraction, all starts again
-            raise UserError(f'{source} has {done["documents"] or "no"} documents, {split} gets '
-                            f'{done[split]} tokens: add .txt files in tars, or texts in .parquet, '
-                            f'or use a {change} --val_fraction than {cfg.val_fraction}')
+        if min(done['train'], done['val']) < 2:
+            raise UserError(f'{source} has too few tokens ({done["train"]} train, {done["val"]} val): '
+                            f'add tars of .txt, or change --val_fraction={cfg.val_fraction}')
         output.publish(source)
     progress.print_line(f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from '
                         f'{source}: {done["documents"]:,} documents, {done["repaired"]:,} repaired')

@@ -122,7 +122,7 @@ def read_meta(folder):
 def write_meta(folder, tokenizer, source, sha256, tokens):
     """Write meta.json for the .bin files that come next, and return what it says.
 
-    The old train.bin and test.bin go first, so that a half-written dataset counts as missing.
+    The old files go first, so that a half-written dataset counts as missing.
     tokens: how many each split has, by its name.
     """
     meta = {
@@ -132,7 +132,7 @@ def write_meta(folder, tokenizer, source, sha256, tokens):
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # if the disk is full, the files of before stay
-        for old in ('train.bin', 'test.bin'):
+        for old in ('train.bin', 'val.bin', 'test.bin'):
             Path(folder, old).unlink(missing_ok=True)
     return meta
 
