@@ -107,8 +107,8 @@ def tasks_in(path):
 
             # A row group may have gigabytes: with these options it is read a part at a time.
             table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-            if 'text' not in table.schema_arrow.names:
-                raise UserError(f'{name!r} has no column `text`: give its texts this name')
+            if table.schema_arrow.names.count('text') != 1:
+                raise UserError(f'{name!r} needs one column `text`: give its texts this name')
             tasks = ((name, rows['text'].drop_null().cast('binary').to_pylist())
                      for rows in table.iter_batches(64, columns=['text']))
         elif name.endswith(('.tar', '.tar.xz')):
@@ -271,7 +271,7 @@ def main(argv):
             progress.show_progress(fraction, f'{fraction:.1%}, {speed:.1f} MB/s, {left} left, '
                                              f'{done["documents"]:,} documents')
         if min(done['train'], done['val']) < 2:
-            raise UserError(f'{source} has too few tokens ({done["train"]} train, {done["val"]} val): '
+            raise UserError(f'{source} gives only {done["train"]} train, {done["val"]} val tokens: '
                             f'add tars of .txt, or change --val_fraction={cfg.val_fraction}')
         output.publish(source)
     progress.print_line(f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from '

@@ -151,7 +151,8 @@ def main(argv):
     with tempfile.TemporaryDirectory(prefix='bench-openwebtext-') as folder:
         corpus, short = (os.path.join(folder, name) for name in ('corpus.tar', 'short.tar'))
         total = make_corpus(corpus, make_documents(paths, cfg.megabytes))
-        make_corpus(short, [b'%d' % i for i in range(50 * processes)], 1)  # so that each worker gets some
+        # Some documents for each worker.
+        make_corpus(short, [b'%d' % i for i in range(50 * processes)], 1)
         print(f'{total:,.0f} MB of text, {os.path.getsize(corpus) / 1e6:,.0f} MB packed')
         texts = [document.decode() for document in make_documents(paths, min(20, cfg.megabytes))]
         ratios = []

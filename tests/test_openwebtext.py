@@ -146,12 +146,12 @@ def own_tar(documents):
     write('in/b.tar.xz', lzma.compress(make_tar(files[40:]), preset=0))
 
 
-def write_parquet(path, columns, **settings):
+def write_parquet(path, columns, names=None, **settings):
     pyarrow = pytest.importorskip('pyarrow')
     import pyarrow.parquet
 
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, **settings)
+    pyarrow.parquet.write_table(pyarrow.table(columns, names), path, **settings)
 
 
 def parquet(documents):
@@ -187,18 +187,30 @@ def test_fineweb_edu_as_it_is_published(bpe, folder, kind):
 
 
 def test_parquet_without_texts_says_which_column_is_needed(bpe, folder, monkeypatch):
-    for columns, words in [({'content': ['a']}, "has no column `text`: give its texts"),
+    for columns, words in [({'content': ['a']}, 'needs one column `text`: give its texts'),
                            ({'text': [1]}, 'is .*unsupported .*cast from int64'),
                            ({'text': [['a']]}, 'is .*unsupported .*cast from list')]:
         write_parquet('a.parquet', columns)
         with pytest.raises(UserError, match=f"^'a.parquet' {words}") as raised:
             prepare('--input=a.parquet')
         assert '\n' not in str(raised.value)
+    write_parquet('a.parquet', [['a'], ['b']], names=['text', 'text'])
+    with pytest.raises(UserError, match='needs one column `text`'):
+        prepare('--input=a.parquet')
     monkeypatch.setattr(owt, 'MAX_BYTES', 5000)
     for texts in (['a' * 5001], ['a' * 500] * 11):
         write_parquet('a.parquet', {'text': texts})
         with pytest.raises(UserError, match="^'a.parquet' is .*more than 5,000 bytes"):
             prepare('--input=a.parquet')
+
+
+@pytest.mark.parametrize('how', ['cut', 'flipped', 'empty', 'no xz'])
+def test_damaged_parquet(bpe, folder, how):
+    write_parquet('a.parquet', {'text': ['a text'] * 1000}, compression='gzip')
+    write('a.parquet', spoil(contents('.')['a.parquet'], how))
+    with pytest.raises(UserError, match="^'a.parquet' is damaged .*: replace or") as raised:
+        prepare('--input=a.parquet')
+    assert '\n' not in str(raised.value) and not os.path.exists('data/web')
 
 
 def test_parquet_without_its_package_says_what_to_install(bpe, folder, monkeypatch):
@@ -282,6 +294,14 @@ def test_ctrl_c_stops_in_good_order(bpe, folder):
     out, err = killed(2, '--input=in', '--num_proc=2', number=signal.SIGINT, code=130)
     assert err == '' and 'Traceback' not in out
     assert prepare('--input=in') == reference(documents)
+
+
+def test_parquet_is_continued_after_a_kill(bpe, folder, capsys):
+    documents = make_documents()
+    parquet(documents)
+    killed(1, '--input=in')
+    assert prepare('--input=in') == reference(documents)
+    assert 'continuing after 64 documents' in capsys.readouterr().out
 
 
 def test_another_input_is_not_mixed_in(bpe, folder):
@@ -534,14 +554,15 @@ def test_a_split_that_is_too_short_to_use_is_refused(bpe, folder):
     documents = [b'number %d' % i for i in range(50)]
     write('a.tar', make_tar(make_archives(documents)))
     write('data/web/train.bin', b'old')
-    for flags, words in [([], 'too few tokens .150 train, 0 val.: .* change --val_fraction=0.0005'),
-                         (['--val_fraction=0.9999'], 'too few tokens .0 train, 150 val.: .*_fraction=0.9999')]:
+    for flags, words in [
+            ([], 'gives only 150 train, 0 val tokens: .* change --val_fraction=0.0005'),
+            (['--val_fraction=0.9999'], 'gives only 0 train, 150 val tokens: .*=0.9999')]:
         with pytest.raises(UserError, match=words) as raised:
             owt.main(['--dataset=web', '--num_proc=1', '--input=a.tar', *flags])
         assert '\n' not in str(raised.value) and contents('data/web') == {'train.bin': b'old'}
     assert prepare('--input=a.tar') == reference(documents)
     write('a.tar', make_tar([('a.txt', b'one'), ('b.txt', b'')]))
-    with pytest.raises(UserError, match='too few tokens .2 train, 1 val.: add'):
+    with pytest.raises(UserError, match='gives only 2 train, 1 val tokens: add'):
         prepare('--input=a.tar')
 
 
@@ -563,7 +584,8 @@ def test_errors_are_one_line(bpe, folder):
     write('z.tar', make_tar([('a.md', b'text')]))
     done = script('prepare_openwebtext.py', '--input=z.tar', '--num_proc=1')
     assert done.returncode == 1 and done.stdout == ''
-    assert re.fullmatch('error: z.tar has too few tokens .0 train, 0 val.: add tars of .txt.*\n', done.stderr)
+    assert re.fullmatch('error: z.tar gives only 0 train, 0 val tokens: add tars of .txt.*\n',
+                        done.stderr)
     assert not os.path.exists('data/openwebtext')
 
 
