@@ -1,9 +1,9 @@
 """Checkpoints: everything that reads or writes a .pt file.
 
-A checkpoint is a dict of tensors and plain types, so reading one never runs code. It contains
-nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss, config) and ours (tokenizer,
-format, optimizers, scaler, and the other numbers of a run). `out_dir/ckpt.pt` is the latest full
-training state, `out_dir/best.pt` the weights with the best validation loss.
+A checkpoint is a dict of tensors and plain types: reading one runs no code. It contains nanoGPT's
+keys (model, optimizer, model_args, iter_num, best_val_loss, config) and ours (tokenizer, format,
+optimizers, scaler, and the other numbers of a run). `out_dir/ckpt.pt` is the latest full training
+state, `out_dir/best.pt` the weights with the best validation loss.
 """
 
 import glob
@@ -29,9 +29,9 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
              is_evaluated):
     """Write ckpt.pt, the whole state of a run; if it improved, best.pt; if it is kept, ckpt-N.pt.
 
-    run: the numbers that survive a restart. With the first save of a new run, a previous run in
-    out_dir is moved away and the log begins. All ranks must call it. Returns the path of the
-    state. Raises UserError if weights are not finite or a file can't be written.
+    With the first save of a new run, a previous run in out_dir is moved away and the log begins.
+    All ranks must call it. Returns the path of the state. Raises UserError if weights are not
+    finite or a file can't be written.
     """
     it, path = run['iter_num'], f'{cfg.out_dir}/ckpt.pt'
     if not runtime.gather(torch.nn.utils.get_total_norm(model.parameters())).isfinite():
@@ -60,17 +60,17 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
                     Progress().print_line(f'the previous run in {cfg.out_dir} is now in '
                                           f'{cfg.out_dir}/previous')
                 log.open()
-    if ranks.is_main and improved:
-        save(f'{cfg.out_dir}/best.pt', best)
-    if ranks.is_main and is_kept:
-        save(f'{cfg.out_dir}/ckpt-{it}.pt', state)
+    for name, content, is_due in ('best.pt', best, improved), (f'ckpt-{it}.pt', state, is_kept):
+        if ranks.is_main and is_due:
+            with atomic_file(f'{cfg.out_dir}/{name}') as file:
+                torch.save(content, file)
     return path
 
 
 def restore(checkpoint, run, optimizers, scaler):
     """Give optimizers and scaler their state back; returns the numbers of `run` that were saved.
 
-    Learning rates and other settings stay those of the command. Raises UserError.
+    Rates and other settings stay those of the command. Raises UserError.
     """
     with user_errors((KeyError, IndexError, TypeError, ValueError, AttributeError),
                      "the checkpoint's optimizer does not fit",
@@ -83,12 +83,6 @@ def restore(checkpoint, run, optimizers, scaler):
     if checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
     return {name: checkpoint[name] for name in run.keys() & checkpoint.keys()}
-
-
-def save(path, checkpoint):
-    """Write a checkpoint, whole or not at all. Raises UserError, see `atomic_file`."""
-    with atomic_file(path) as file:
-        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path, mmap=False):

@@ -2,9 +2,9 @@
 
     python train.py config/a.py config/b.py --batch_size=32 --compile=false
 
-`override` applies them from left to right onto a dataclass whose fields are the settings. An
-override file is Python code, run with your rights. Every name that it assigns must be a setting,
-except names that start with an underscore and what it imports.
+The fields of a dataclass are the settings; `override` applies files and flags from left to right.
+A file is Python code, run with your rights. Every name that it assigns must be a setting, except
+imported names and those that start with an underscore.
 """
 
 import ast
@@ -16,6 +16,7 @@ import runpy
 import sys
 from contextlib import suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from textwrap import shorten
 from typing import get_args
 
@@ -28,11 +29,9 @@ WORDS = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or
 def override(config, argv, usage=''):
     """Return a copy of the dataclass `config` with the files and flags of `argv` applied.
 
-    A flag is --key=value; a bare --flag means true. Dashes in a flag's name count as underscores.
-    A text of \\n alone, once or more, means line breaks; elsewhere a backslash is one. A field's
-    metadata may say which others it `resets` to None. `--help` prints `usage` and every setting
-    with its default and reason, and exits. Raises UsageError for a broken file, an unknown name or
-    a value of the wrong type.
+    A flag is --key=value; a bare --flag means true. Dashes in its name count as underscores, and
+    a value of \\n, once or more, as line breaks. A field's metadata may name others that it
+    `resets` to None. --help prints `usage` and all settings, and exits. Raises UsageError.
     """
     if '--help' in argv or '-h' in argv:
         print(f'{(usage or "").strip()}\n\n{describe(config)}')  # python -OO has no docstrings
@@ -61,24 +60,21 @@ def override(config, argv, usage=''):
 
 
 def run_file(path, known):
-    """The names that an override file assigns, a dict.
+    """The settings that an override file assigns, a dict.
 
     The file is looked for in the current folder, then beside this file.
     """
     found = path if os.path.exists(path) else os.path.join(os.path.dirname(__file__), path)
     if not os.path.isfile(found):
-        raise UsageError(f'{path} is no config file: see the folder config/; flags look like '
-                         '--key=value')
+        raise UsageError(f'{path} is no config file: see config/; a flag looks like --key=value')
     try:
         names = runpy.run_path(found)
     except (Exception, SystemExit) as error:
         raise UsageError(f'config file {path} fails ({type(error).__name__}: {error}): correct '
                          'it; it may contain only assignments') from None
-    with open(found, encoding='utf-8') as file:
-        imports = [node for node in ast.walk(ast.parse(file.read()))
-                   if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {(alias.asname or alias.name).split('.')[0]
-                for node in imports for alias in node.names}
+    imported = {(node.asname or node.name).split('.')[0]
+                for node in ast.walk(ast.parse(Path(found).read_bytes()))
+                if isinstance(node, ast.alias)}
     return {name: value for name, value in names.items()
             if name in known or not (name.startswith('_') or name in imported)}
 
@@ -103,15 +99,15 @@ def checked(value, allowed, shown):
     """`value`, if its type is in `allowed`; an int also as a float, 0 and 1 also as a bool."""
     with suppress(AttributeError, ValueError):
         value = value.item()  # a single number of numpy's or torch's
-    if bool in allowed and type(value) is int and value in (0, 1):
-        return bool(value)
     if type(value) is int and abs(value) >= 2**63:
         raise UsageError(f'{shown} is too large')
+    if bool in allowed and type(value) is int and value in (0, 1):
+        return bool(value)
     if float in allowed and type(value) is int:
         return float(value)
-    if type(value) in allowed:
-        return value
-    raise UsageError(f'{shown} must be {" or ".join(WORDS[kind] for kind in allowed)}')
+    if type(value) not in allowed:
+        raise UsageError(f'{shown} must be {" or ".join(WORDS[kind] for kind in allowed)}')
+    return value
 
 
 def check(config, at_least_1='', below_1='', **choices):
@@ -127,7 +123,7 @@ def check(config, at_least_1='', below_1='', **choices):
 
 
 def describe(config):
-    """Every setting with its value and the comment behind it in the source, under its heading."""
+    """All settings with their values and their comments in the source, under its headings."""
     lines = []
     for name, reason in re.findall(r'^    (# .*|\w+)(?:: .*  # (.*))?',
                                    inspect.getsource(type(config)), re.M):

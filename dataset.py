@@ -2,7 +2,8 @@
 
 prepare_*.py write them. A .bin file is a row of little-endian uint16 token ids. meta.json contains
 the tokenizer's state, vocab_size, the source and its sha256, and the number of tokens in each
-split.
+split. Conversations have a .mask beside each .bin, a byte for each token: 1 where the loss counts,
+2 where a conversation begins, else 0.
 """
 
 import hashlib
@@ -15,18 +16,25 @@ from console import UserError
 from prepare_text import make_dataset, read_meta
 from tokenizer import tokenizer_from
 
+
 class Split:
-    """One .bin file."""
+    """One .bin file, and its .mask if there is one."""
 
     def __init__(self, path, vocab_size, tokens=None):
         """tokens: how many ids the file should contain, or None. Raises UserError."""
-        self.path, self.vocab_size = path, vocab_size
+        self.path, self.vocab_size, self.mask = path, vocab_size, None
         size = os.path.getsize(path) if os.path.exists(path) else 0
         expected = size - size % 2 if tokens is None else 2 * tokens
         if size < 4 or size != expected:
             raise UserError(f'{path} is missing or damaged: it has {size} bytes instead of '
                             f'{max(4, expected)}; prepare the dataset again')
         self.file, self.tokens = open(path, 'rb'), size // 2
+        if os.path.exists(mask := path.removesuffix('bin') + 'mask'):
+            self.mask = np.fromfile(mask, np.uint8)
+            # Where conversations begin, and where the last one ends.
+            self.borders = np.append(np.flatnonzero(self.mask == 2), self.tokens)
+            if len(self.mask) != self.tokens or self.borders[0] or 1 not in self.mask:
+                raise UserError(f'{mask} does not fit {path}: prepare the dataset again')
         if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
             for start in range(0, self.tokens, 1 << 20):
                 self.ids(np.arange(start, min(start + (1 << 20), self.tokens)))
@@ -42,39 +50,83 @@ class Split:
                             f'{self.vocab_size - 1}: prepare the dataset again')
         return ids
 
-    def batch(self, offsets, block_size, device):
-        """Inputs and targets from each of the B offsets on: y is x one token later.
+    def ends(self, begins, block_size):
+        """Where windows end that have positions up to begins + block_size, at most.
 
-        Each is (B, block_size) int64 on `device`. Past the split's end, inputs are 0, targets -1.
+        Of conversations, a window has as many whole ones as fit, or a part of one that doesn't.
         """
-        positions = np.reshape(offsets, (-1, 1)) + np.arange(block_size + 1)  # (B, T + 1)
-        ids = self.ids(positions.clip(max=self.tokens - 1)).astype(np.int64)
-        rows = torch.from_numpy(np.where(positions < self.tokens, ids, -1))
-        if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        else:
-            rows = rows.to(device)
-        return rows[:, :-1].clamp(min=0), rows[:, 1:]
+        reach = np.minimum(begins + block_size + 1, self.tokens)
+        if self.mask is None:
+            return reach
+        last = self.borders[self.borders.searchsorted(reach, 'right') - 1]
+        return np.where(last > begins, last, reach)
 
-    def random_offsets(self, seed, count, block_size):
-        """Start offsets of `count` random windows of block_size + 1 tokens."""
+    def longer_than(self, block_size):
+        """How many conversations don't fit into a window."""
+        return 0 if self.mask is None else int((np.diff(self.borders) > block_size + 1).sum())
+
+    def windows(self, begins, block_size):
+        """Positions of the windows, which of them are inside, and which ones the loss counts.
+
+        begins: (...,); each result is (..., block_size + 1).
+        """
+        positions = begins[..., None] + np.arange(block_size + 1)
+        inside = positions < self.ends(begins, block_size)[..., None]
+        positions = positions.clip(max=self.tokens - 1)
+        counted = inside if self.mask is None else inside & (self.mask[positions] == 1)
+        return positions, inside, counted
+
+    def batch(self, begins, block_size, device):
+        """Inputs and targets of the windows at `begins`, (B,): y is x one token later.
+
+        Each is (B, block_size) int64 on `device`. Outside of its window, an input is 0. A target
+        that does not count is -1.
+        """
+        positions, inside, counted = self.windows(begins, block_size)
+        ids = self.ids(positions)
+        x, y = np.where(inside, ids, 0)[:, :-1], np.where(counted, ids.astype(int), -1)[:, 1:]
+        pair = torch.from_numpy(np.stack([x, y]))
+        if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
+            return pair.pin_memory().to(device, non_blocking=True).unbind()
+        return pair.to(device).unbind()
+
+    def random_windows(self, seed, count, block_size):
+        """Where `count` random windows begin; of conversations, each with one of them."""
+        generator = np.random.default_rng(seed)
+        if self.mask is not None:
+            return generator.choice(self.borders[:-1], count)
         if self.tokens <= block_size:
             raise UserError(f'{self.path} has {self.tokens} tokens, too few for block_size='
                             f'{block_size}: use a smaller block_size or a longer text')
-        return np.random.default_rng(seed).integers(self.tokens - block_size, size=count)
+        return generator.integers(self.tokens - block_size, size=count)
+
+    def all_windows(self, block_size):
+        """Where windows begin that have each target of the split once."""
+        if self.mask is None:
+            return np.arange(0, self.tokens - 1, block_size)
+        begins = [0]
+        while (end := self.ends(begins[-1], block_size)) < self.tokens:
+            begins.append(end if self.mask[end] == 2 else end - 1)
+        return np.array(begins)
 
 
 def training_batches(split, cfg, ranks, device, it):
-    """Yield the micro-batches (x, y) of this rank, from iteration `it` on, without end.
+    """Yield the micro-batches (x, y, divisor) of this rank, from iteration `it` on, without end.
 
-    The offsets of the global batch follow from (seed, iteration), and each rank takes its part: a
-    resumed run sees the same data, on any number of processes.
+    The windows of the global batch follow from (seed, iteration), and each rank takes its part: a
+    resumed run sees the same data, on any number of processes. Losses that are divided by their
+    divisors, added, and averaged over the ranks, are the mean over all targets of an update.
     """
     B, T = cfg.batch_size, cfg.block_size
     while True:
-        offsets = split.random_offsets((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
-        for micro_batch in offsets.reshape(ranks.world_size, -1, B)[ranks.rank]:  # (B,)
-            yield split.batch(micro_batch, T, device)
+        begins = split.random_windows((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
+        begins = begins.reshape(ranks.world_size, -1, B)
+        counts = np.ones(begins.shape[:2])  # of targets, in each micro-batch
+        if split.mask is not None:
+            counts = split.windows(begins, T)[2][..., 1:].sum((-2, -1)).clip(min=1)
+        divisors = counts.mean(axis=0).sum() / counts[ranks.rank]
+        for micro_batch, divisor in zip(begins[ranks.rank], divisors):  # (B,), a number
+            yield *split.batch(micro_batch, T, device), divisor
         it += 1
 
 
@@ -85,12 +137,12 @@ def evaluation_batches(split, cfg, ranks, device):
     """
     B, T = cfg.batch_size, cfg.block_size
     if cfg.eval_iters:  # the seed of update 0: on the train split, the windows that it trains on
-        offsets = split.random_offsets((cfg.seed, 0), cfg.eval_iters * B, T)
+        begins = split.random_windows((cfg.seed, 0), cfg.eval_iters * B, T)
     else:
-        offsets = np.arange(0, split.tokens - 1, T)
-    fill = -len(offsets) % (ranks.world_size * B)
-    offsets = np.pad(offsets, (0, fill), constant_values=split.tokens)
-    batches = offsets.reshape(-1, ranks.world_size, B)[:, ranks.rank]
+        begins = split.all_windows(T)
+    fill = -len(begins) % (ranks.world_size * B)
+    begins = np.pad(begins, (0, fill), constant_values=split.tokens)
+    batches = begins.reshape(-1, ranks.world_size, B)[:, ranks.rank]
     for i, batch in enumerate(batches):  # (B,)
         yield *split.batch(batch, T, device), i / len(batches)
 

@@ -19,6 +19,7 @@ from textwrap import shorten
 import torch
 
 import console
+from chat import TEMPLATE
 from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError, optional, user_errors
@@ -79,9 +80,13 @@ def export(model, tokenizer, folder):
 
     fast = hugging_face_tokenizer(tokenizer)
     end = None if eot is None else fast.id_to_token(eot)
+    # Where an answer is in a text; else transformers' server reads a qwen3's as Qwen writes them.
+    answer = {'defaults': {'role': 'assistant'}, 'start_anchor': 'assistant\n',
+              'fields': {'content': {'close': end, 'content': 'text'}}}
     PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template,
+        response_template=answer if tokenizer.chat_template == TEMPLATE else None,
     ).save_pretrained(folder)
     files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: as they came
     for name, text in files.items():

@@ -1,9 +1,7 @@
-"""Tiny Shakespeare, by characters, split as nanoGPT does: 90 % train, 10 % val.
+"""Tiny Shakespeare, split as nanoGPT does: 1,003,854 train, 111,540 val tokens of 65 characters.
 
-    python prepare_shakespeare_char.py                   # fetches 1.1 MB
-    python prepare_shakespeare_char.py --input=FILE      # takes your copy
-
-Gives 1,003,854 train and 111,540 val tokens of 65 characters in data/shakespeare_char.
+    python prepare_shakespeare_char.py               # downloads 1.1 MB
+    python prepare_shakespeare_char.py --input=FILE  # takes your copy
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Text to a dataset: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
+"""Prepare a text: write data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
 
     python prepare_text.py my.txt --dataset=my_text                    # characters
     python prepare_text.py a.txt b.txt --dataset=ab --tokenizer=gpt2   # GPT-2's byte pairs
@@ -6,8 +6,7 @@
     python prepare_text.py my.txt --dataset=my --tokenizer=FOLDER      # a Hugging Face folder's
 
 Any UTF-8 text. Several files are joined in the order given, with the tokenizer's end-of-text token
-between them, or else a line break. The last part of the text becomes the test split, the part
-before it the val split.
+between them, or else a line break. The text's end becomes the test split, the part before it val.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,11 +32,13 @@ from configurator import check, override
 from console import Progress, UsageError, UserError, atomic_file, flush_to_disk, user_errors
 from tokenizer import CharTokenizer, tokenizer_from, tokenizer_of
 
-# How files begin that are no texts.
+# What files contain that are not UTF-8, by how they begin, or by zeros beside plain letters.
 FORMATS = {
-    b'\x1f\x8b': 'gzip', b'PK\3\4': 'zip, like .docx and .epub', b'%PDF': 'PDF', b'BZh': 'bzip2',
-    b'\xfd7zXZ': 'xz', b'7z\xbc\xaf': '7z', b'(\xb5/\xfd': 'zstd', b'Rar!': 'RAR',
-    b'\xd0\xcf\x11\xe0': 'Word', b'{\\rtf': 'RTF', b'PAR1': 'parquet', b'\x89PNG': 'PNG',
+    rb'^\x1f\x8b': 'gzip', rb'^PK\x03\x04': 'zip, like .docx and .epub', rb'^%PDF': 'PDF',
+    rb'^BZh': 'bzip2', rb'^\xfd7zXZ': 'xz', rb'^7z\xbc\xaf': '7z', rb'^\(\xb5/\xfd': 'zstd',
+    rb'^Rar!': 'RAR', rb'^\xd0\xcf\x11\xe0': 'Word', rb'^{\\rtf': 'RTF', rb'^PAR1': 'parquet',
+    rb'^\x89PNG': 'PNG', rb'^\xff\xfe\0\0|^\0\0\xfe\xff|(\0\0\0[^\0]){8}': 'UTF-32',
+    rb'^\xff\xfe|^\xfe\xff|(\0[^\0]){8}': 'UTF-16',
 }
 
 # From a given byte on, over HTTPS only; a connection that is silent for 30 s counts as broken.
@@ -53,19 +55,16 @@ class TextConfig:
     errors: str = 'strict'  # replace: U+FFFD in the place of bytes that are not UTF-8
 
     def __post_init__(self):
-        check(self, errors=['strict', 'replace'])
-        if not (self.val_fraction > 0 and self.val_fraction + self.test_fraction < 1):
-            raise UsageError(f'val_fraction={self.val_fraction} must be above 0, and with '
-                             f'test_fraction={self.test_fraction} below 1')
+        check(self, below_1='val_fraction test_fraction', errors=['strict', 'replace'])
 
 
 def files_of(inputs):
-    """The text files that the arguments mean: files, patterns like *.txt, folders of .txt files."""
+    """The paths that the arguments mean: files, patterns like *.txt, folders of .txt files."""
     paths = []
     for name in inputs:
-        found = sorted(glob.glob(name)) if not os.path.exists(name) else [name]
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
         if os.path.isdir(name):
-            found = sorted(str(path) for path in Path(name).rglob('*.txt'))
+            found = sorted(map(str, Path(name).rglob('*.txt')))
         if not found:
             raise UserError(f'there are no text files {name!r}: name .txt files or their folder')
         paths += found
@@ -76,14 +75,7 @@ def read_text(path, errors='strict'):
     """The text of a UTF-8 file, without a byte-order mark, its line ends made line feeds."""
     with user_errors(OSError, f'cannot read {path}', 'name text files, for example my.txt'):
         data = Path(path).read_bytes()
-    zeros = [data[i:4096:4].count(0) > len(data[:4096]) // 5 for i in range(4)]  # of four bytes
-    if sum(zeros) == 3 or data.startswith((b'\xff\xfe\0\0', b'\0\0\xfe\xff')):
-        kind = 'UTF-32'
-    elif zeros in ([True, False] * 2, [False, True] * 2) or (
-            data[:2] in (b'\xff\xfe', b'\xfe\xff')):
-        kind = 'UTF-16'
-    else:
-        kind = next((kind for start, kind in FORMATS.items() if data.startswith(start)), None)
+    kind = next((kind for sign, kind in FORMATS.items() if re.search(sign, data[:4096])), None)
     if kind:
         how = f'iconv -f {kind} -t UTF-8' if 'UTF' in kind else 'a program that saves it as text'
         raise UserError(f'cannot read {path}: it is {kind}, not UTF-8: convert it with {how}')
@@ -94,7 +86,7 @@ def read_text(path, errors='strict'):
         raise UserError(f'cannot read {path}: {broken:,} of its bytes are not UTF-8, the first at '
                         f'position {error.start}: convert it with iconv, or prepare it with '
                         '--errors=replace') from None
-    return text.replace('\r\n', '\n').replace('\r', '\n') if '\r' in text else text
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def check_name(dataset):
@@ -105,34 +97,32 @@ def check_name(dataset):
 
 def read_meta(folder):
     """The contents of meta.json. nanoGPT writes none for GPT-2 ids: a missing one means those."""
-    try:
-        meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
+    path, pickled = Path(folder, 'meta.json'), Path(folder, 'meta.pkl')
+    if not path.exists() and pickled.exists():
+        raise UserError(f'{pickled} is a pickle, which could run code, and is not read: prepare '
+                        'the dataset with prepare_text.py')
+    if not path.exists():
+        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
+    with user_errors((ValueError, KeyError, TypeError, AttributeError, OSError),
+                     f'{path} is broken', 'prepare the dataset again'):
+        meta = json.loads(path.read_text('utf-8'))
         if not {'type', 'vocab_size'} <= meta['tokenizer'].keys():
             raise ValueError('its tokenizer has no type or no vocab_size')
-        return meta
-    except FileNotFoundError:
-        if os.path.exists(f'{folder}/meta.pkl'):
-            raise UserError(f'{folder}/meta.pkl is a pickle, which could run code, and is not '
-                            'read: prepare the dataset with prepare_text.py') from None
-        return {'tokenizer': {'type': 'gpt2', 'vocab_size': 50257}}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f'{folder}/meta.json is broken ({error}): prepare it again') from None
+    return meta
 
 
 def write_meta(folder, tokenizer, source, sha256, tokens):
-    """Write meta.json for the .bin files that come next, and return what it says.
+    """Write meta.json for the .bin files that come next; returns its contents.
 
-    The old files go first, so that a half-written dataset counts as missing.
+    The old .bin files and masks are removed: a half-written dataset counts as missing.
     tokens: how many each split has, by its name.
     """
-    meta = {
-        'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'source': source,
-        'sha256': sha256, 'tokens': tokens,
-    }
+    meta = dict(tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, source=source,
+                sha256=sha256, tokens=tokens)
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
-        file.flush()  # if the disk is full, the files of before stay
-        for old in ('train.bin', 'val.bin', 'test.bin'):
+        file.flush()  # a full disk must show before the old files are removed
+        for old in ('train.bin', 'val.bin', 'test.bin', 'train.mask', 'val.mask', 'test.mask'):
             Path(folder, old).unlink(missing_ok=True)
     return meta
 
@@ -140,48 +130,46 @@ def write_meta(folder, tokenizer, source, sha256, tokens):
 def make_tokenizer(name, texts):
     """The tokenizer that the setting `tokenizer` names. Raises UserError."""
     if name == 'char':
-        tokenizer = CharTokenizer(''.join(set().union(*texts, '\n' if len(texts) > 1 else '')))
+        tokenizer = CharTokenizer('\n'.join(texts))
     elif os.path.exists(f'{name}/meta.json'):  # another dataset's
         tokenizer = tokenizer_from(read_meta(name)['tokenizer'])
     else:
         tokenizer = tokenizer_of(name)
     if tokenizer.vocab_size > 65536:
         raise UserError(f'the {tokenizer.vocab_size:,} ids of the tokenizer {name} are more than '
-                        '65,536, which 16 bits can hold: use --tokenizer=gpt2')
+                        '65,536, so 16 bits cannot hold them: use --tokenizer=gpt2')
     return tokenizer
 
 
 def fractions(length, val_fraction, test_fraction):
-    """Where the splits of `length` characters or conversations begin and end, by their name."""
+    """(begin, end) of each split of `length` characters or conversations, by its name."""
     val_start = int(length * (1 - val_fraction - test_fraction))
     test_start = int(length * (1 - test_fraction))
-    parts = {'train': (0, val_start), 'val': (val_start, test_start)}
-    return parts | ({'test': (test_start, length)} if test_fraction else {})
+    parts = {'train': (0, val_start), 'val': (val_start, test_start), 'test': (test_start, length)}
+    return parts if test_fraction else {name: parts[name] for name in ('train', 'val')}
 
 
-def encode_split(tokenizer, texts, begin, end, between):
-    """Yield the ids of the characters from `begin` to `end` of all texts together, in pieces.
+def encode_split(tokenizer, texts, begin, end):
+    """Yield arrays of ids: the characters from `begin` to `end` of all texts, put in a row.
 
-    between: the id between two texts, or None. Each text begins with the tokenizer's `front`.
+    Each text begins with the tokenizer's `front`; `eot` stands between two texts.
     """
-    progress, place = Progress(), 0
+    progress, position = Progress(), 0
     for number, text in enumerate(texts):
-        if number and between is not None and begin <= place < end:
-            yield np.array([between])
-        if begin <= place < end:
-            yield np.array(tokenizer.front, int)
-        part = text[max(0, begin - place) : max(0, end - place)]
+        if begin <= position < end:
+            yield np.array([tokenizer.eot] * (number > 0) + [*tokenizer.front], int)
+        part = text[max(0, begin - position) : max(0, end - position)]
         for ids, done in tokenizer.encode_pieces(part):
             yield ids
-            progress.show_progress(done / max(1, len(part)), f'{(place + done) / 1e6:.0f} M characters')
-        place += len(text)
+            fraction = done / max(1, len(part))
+            progress.show_progress(fraction, f'{(position + done) / 1e6:.0f} M characters')
+        position += len(text)
 
 
 def write_dataset(dataset, files, tokenizer, source, sha256):
-    """Write data/<dataset>, whole or not at all; returns what meta.json says.
+    """Write data/<dataset>, whole or not at all; returns the contents of meta.json.
 
-    files: the arrays that each one consists of, by its name. Raises UserError, also for a split
-    that is too short to use.
+    files: iterables of arrays by file name. Raises UserError, also if a split is too short.
     """
     check_name(dataset)
     folder, tokens = os.path.join('data', dataset), {}
@@ -205,35 +193,31 @@ def write_dataset(dataset, files, tokenizer, source, sha256):
 
 def prepare(texts, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0, separate=True,
             errors='strict', source=''):
-    """Write data/<dataset>, made of some texts, or of one; returns what meta.json says."""
+    """Write data/<dataset> from a text, or several; returns the contents of meta.json."""
     texts = [texts] if isinstance(texts, str) else texts
     encoder = make_tokenizer(tokenizer, texts)
-    between = encoder.eot if separate else None
-    if between is None:
+    if encoder.eot is None or not separate:
         texts = [''.join(t if t.endswith('\n') else t + '\n' for t in texts[:-1]) + texts[-1]]
     digest = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()
     parts = fractions(sum(map(len, texts)), val_fraction, test_fraction)
-    files = {f'{split}.bin': encode_split(encoder, texts, *part, between)
-             for split, part in parts.items()}
+    files = {f'{split}.bin': encode_split(encoder, texts, *part) for split, part in parts.items()}
     return write_dataset(dataset, files, encoder, source, digest)
 
 
 def fetch(dataset, url, looks_right):
     """The path of data/<dataset>/input.txt, downloaded from `url` unless it is there already.
 
-    looks_right: a function that tells the wanted file from, say, an HTML error page.
+    looks_right: a function of the bytes, to refuse another file, for example an error page.
     """
     check_name(dataset)
     path = os.path.join('data', dataset, 'input.txt')
     if not os.path.exists(path):
-        try:
+        with user_errors((OSError, http.client.HTTPException), f'cannot fetch {url}',
+                         f'give your copy: python {shlex.join(sys.argv)} --input=FILE'):
             with urllib.request.urlopen(url, timeout=10) as response:
                 data = response.read(8 << 20)
             if not response.url.startswith('https://') or not looks_right(data):
                 raise OSError(f'{response.url} is not HTTPS, or another text')
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f'cannot fetch {url} ({getattr(error, "reason", error)}): give '
-                            f'a copy of it, python {shlex.join(sys.argv)} --input=FILE') from None
         with atomic_file(path) as file:
             file.write(data)
     return path
@@ -262,6 +246,7 @@ PREPARE = {
     'wizard_char': 'prepare_wizard_char.py',
     'shakespeare_char': 'prepare_shakespeare_char.py',
     'shakespeare': 'prepare_shakespeare_char.py --dataset=shakespeare --tokenizer=gpt2',
+    'wizard_chat': 'prepare_chat.py --dataset=wizard_chat',
 }
 
 
@@ -270,15 +255,15 @@ def make_dataset(name, folder):
     if name not in PREPARE:
         found = (path.parent.name for path in Path('data').glob('*/train.bin'))
         raise UserError(f'the dataset {folder} is missing: choose one of '
-                        f'{", ".join(sorted({*PREPARE, *found}))}, or make it with python '
-                        f'prepare_text.py your.txt --dataset={name} (for openwebtext, which is '
-                        '12 GB, with prepare_openwebtext.py)')
+                        f'{", ".join(sorted({*PREPARE, *found}))}, or make it: python '
+                        f'prepare_text.py your.txt --dataset={name} (openwebtext, 12 GB: python '
+                        'prepare_openwebtext.py)')
     with console.locked('data', wait=True):  # another process may be making it right now
         if os.path.exists(os.path.join(folder, 'train.bin')):
             return
         script, *args = PREPARE[name].split()
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *args]).returncode:
-            raise UserError(f'{PREPARE[name]} could not make {folder}: see what it says above')
+            raise UserError(f'{PREPARE[name]} could not make {folder}: see its message above')
 
 
 def main(argv):
@@ -287,14 +272,10 @@ def main(argv):
     if not inputs or not cfg.dataset:
         raise UsageError('a text and --dataset are needed: for example my.txt --dataset=my_text')
     paths = files_of(inputs)
+    source = ' '.join(map(os.path.basename, paths[:3]))
+    source += f' and {len(paths) - 3:,} more' if len(paths) > 3 else ''
     with user_errors(MemoryError, 'not enough memory for all of the text', 'prepare less of it'):
-        prepare([read_text(path, cfg.errors) for path in paths], **vars(cfg), source=some(paths))
-
-
-def some(paths):
-    """The names of the first files, and how many more there are."""
-    more = f' and {len(paths) - 3:,} more' if len(paths) > 3 else ''
-    return ' '.join(os.path.basename(path) for path in paths[:3]) + more
+        prepare([read_text(path, cfg.errors) for path in paths], **vars(cfg), source=source)
 
 
 if __name__ == '__main__':

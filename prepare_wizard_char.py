@@ -1,10 +1,10 @@
-"""The Wonderful Wizard of Oz, by characters: 80 % train, 10 % val, 10 % test.
+"""Prepare The Wonderful Wizard of Oz, by characters: 80 % train, 10 % val, 10 % test.
 
-    python prepare_wizard_char.py              # fetches L. Frank Baum's book, Project Gutenberg 55
-    python prepare_wizard_char.py --input=FILE # takes your copy
+    python prepare_wizard_char.py               # L. Frank Baum's book, from Project Gutenberg
+    python prepare_wizard_char.py --input=FILE  # your copy of it
 
-Without a network it takes data/oz_retold.txt, a retelling in new words that comes with ozGPT:
-180,561 train, 22,570 val and 22,571 test tokens of 68 characters. meta.json says which it was.
+Without a network it takes data/oz_retold.txt, a retelling that comes with ozGPT: 180,561 train,
+22,570 val and 22,571 test tokens of 68 characters. meta.json contains the source.
 """
 
 import os
@@ -26,22 +26,20 @@ class WizardConfig:
 
 
 def strip_gutenberg(text):
-    """The book itself: what stands between Project Gutenberg's header and footer, if any."""
-    if '*** START OF TH' in text:
-        text = text.partition('*** START OF TH')[2].partition('\n')[2]
-        text = text.partition('*** END OF TH')[0]
-    return text.strip() + '\n'
+    """The book itself, without Project Gutenberg's header and footer."""
+    book = text.partition('*** START OF TH')[2].partition('\n')[2] or text
+    return book.partition('*** END OF TH')[0].strip() + '\n'
 
 
 def main(argv):
     cfg = override(WizardConfig(), argv, usage=__doc__)
     check_name(cfg.dataset)
-    source = cfg.input or URL
     try:
         path = cfg.input or fetch(cfg.dataset, URL, lambda data: b'*** END OF TH' in data)
+        source = cfg.input or URL
     except console.UserError as error:
         print(f'{error}; until then, the retelling that comes with ozGPT')
-        source, path = 'data/oz_retold.txt', RETOLD
+        path, source = RETOLD, 'data/oz_retold.txt'
     text = strip_gutenberg(read_text(path))
     prepare(text, cfg.dataset, cfg.tokenizer, test_fraction=0.1, source=source)
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 from textwrap import shorten
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -216,7 +217,7 @@ def wrap(raw, cfg, ranks, device, amp, split):
         try:
             model = torch.compile(raw)
             with amp:
-                x, y = split.batch([0] * cfg.batch_size, cfg.block_size, device)
+                x, y = split.batch(np.zeros(cfg.batch_size, int), cfg.block_size, device)
                 model(x, y, loss_only=True)[1].backward()
         except Exception as error:
             if is_out_of_memory(error):

@@ -4,8 +4,9 @@
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 
-`eot` is the id that ends a text, or None; `front` are the ids that begin one. meta.json and
-checkpoints contain `state()`, and `tokenizer_from(state)` is the same tokenizer.
+`eot` is the id that ends a text, or None; `front` are the ids that begin one; `chat_template` is
+explained in chat.py. meta.json and checkpoints contain `state()`, and `tokenizer_from(state)` is the
+same tokenizer.
 """
 
 import hashlib
@@ -24,14 +25,14 @@ OPENAI = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 # sha256 of GPT-2's tokens in the order of their ids, then its merges, each on a line
 GPT2_SHA256 = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
 
-
 PIECE = 1 << 20  # characters that are encoded at once
+END = '␃'  # the character that ends a text of characters, if it has one
 
 
 class Tokenizer:
     """Base class: how long texts and prompts are encoded."""
 
-    front = ()
+    front, chat_template = (), None
 
     def encode_pieces(self, text):
         """Yield (ids, where they end in `text`), a million characters or so at a time."""
@@ -43,17 +44,22 @@ class Tokenizer:
             yield self.encode(text[begin:end]), end
             begin = end
 
+    def encode_special(self, text):
+        """As `encode`, but special tokens in the text are recognized."""
+        return self.encode(text)
+
     def encode_prompt(self, text):
         """The ids of a text to continue."""
-        return self.encode(text)
+        return np.concatenate([np.array(self.front, int), self.encode_special(text)])
 
 
 class CharTokenizer(Tokenizer):
     """An id for each character of a text: its position in the sorted set of them."""
 
     def __init__(self, text):
-        self.chars, self.eot = ''.join(sorted(set(text))), None
+        self.chars = ''.join(sorted(set(text)))
         self.vocab_size = len(self.chars)
+        self.eot = self.chars.index(END) if END in self.chars else None
         codes = np.frombuffer(self.chars.encode('utf-32-le', 'surrogatepass'), '<u4')
         self.ids = np.full(codes.max(initial=0) + 2, self.vocab_size)  # by code point
         self.ids[codes] = np.arange(self.vocab_size)
@@ -71,7 +77,8 @@ class CharTokenizer(Tokenizer):
         return ''.join(self.chars[i] for i in ids)
 
     def state(self):
-        return {'type': 'char', 'vocab_size': self.vocab_size, 'chars': self.chars}
+        return dict(type='char', vocab_size=self.vocab_size, chars=self.chars,
+                    chat_template=self.chat_template)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -105,7 +112,7 @@ class GPT2Tokenizer(Tokenizer):
             ids = np.array([i for part in parts for i in self.bpe.encode_ordinary(part)])
         return ids.astype(np.uint16)
 
-    def encode_prompt(self, text):
+    def encode_special(self, text):
         """As `encode`, but <|endoftext|> is the token, as in nanoGPT's prompts."""
         first, *others = (self.encode(part) for part in text.split('<|endoftext|>'))
         return np.concatenate([first, *(part for ids in others for part in ([self.eot], ids))])
@@ -114,7 +121,7 @@ class GPT2Tokenizer(Tokenizer):
         return self.bpe.decode([int(i) for i in ids])
 
     def state(self):
-        return {'type': 'gpt2', 'vocab_size': self.vocab_size}
+        return dict(type='gpt2', vocab_size=self.vocab_size, chat_template=self.chat_template)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -168,27 +175,28 @@ class HuggingFaceTokenizer(Tokenizer):
             yield ids[first:last], end
             cut, size = end, PIECE
 
-    def encode_prompt(self, text):
-        return np.concatenate([np.array(self.front, int), self.encode(text)])
-
     def decode(self, ids):
         return self.wrapped.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self):
         return dict(type='huggingface', vocab_size=self.vocab_size, json=self.json, eot=self.eot,
-                    files=self.files)
+                    files=self.files, chat_template=self.chat_template)
 
 
 def tokenizer_from(state):
     """The tokenizer that `state()` described. Raises UserError for a state of another kind."""
     match state:
         case {'type': 'char', 'chars': str(chars)} if chars and [*chars] == sorted(set(chars)):
-            return CharTokenizer(chars)
+            tokenizer = CharTokenizer(chars)
         case {'type': 'gpt2'}:
-            return GPT2Tokenizer()
+            tokenizer = GPT2Tokenizer()
         case {'type': 'huggingface', 'json': str(text), 'eot': eot}:
-            return HuggingFaceTokenizer(text, eot, state.get('files'))
-    raise UserError(f'the tokenizer {str(state)[:60]!r} is none of char, gpt2 and huggingface')
+            tokenizer = HuggingFaceTokenizer(text, eot, state.get('files'))
+        case _:
+            raise UserError(f'the tokenizer {str(state)[:60]!r} is none of char, gpt2 and '
+                            'huggingface')
+    tokenizer.chat_template = state.get('chat_template')
+    return tokenizer
 
 
 def rules_of(text):
@@ -206,7 +214,7 @@ def gives_same_ids(state, other):
     """Whether the tokenizers of two states give the same ids."""
     if state['type'] == other['type'] == 'huggingface':
         return rules_of(state['json']) == rules_of(other['json'])
-    return state == other
+    return {**state, 'chat_template': None} == {**other, 'chat_template': None}
 
 
 def own_form(text):
@@ -258,14 +266,18 @@ def tokenizer_of(name):
         raise UserError(f'{name} has no tokenizer.json: add the one that transformers saves')
     text = texts.pop('tokenizer.json')
     texts.pop('config.json', None)
-    if own := own_form(text):
-        return own
-    tokenizer = HuggingFaceTokenizer(text, files=texts)
-    token = settings.get('eos_token') or tokens.get('eos_token')
-    token = token['content'] if isinstance(token, dict) else token
-    ids = generation.get('eos_token_id')
-    tokenizer.eot = (tokenizer.wrapped.token_to_id(token) if isinstance(token, str) else
-                     ids[0] if isinstance(ids, list) else ids)
+    bos, eos = (token['content'] if isinstance(token, dict) else token for token in (
+        settings.get(name) or tokens.get(name) for name in ('bos_token', 'eos_token')))
+    tokenizer = own_form(text)
+    if tokenizer is None:
+        tokenizer = HuggingFaceTokenizer(text, files=texts)
+        ids = generation.get('eos_token_id')
+        tokenizer.eot = (tokenizer.wrapped.token_to_id(eos) if isinstance(eos, str) else
+                         ids[0] if isinstance(ids, list) else ids)
+    template = texts.get('chat_template.jinja', settings.get('chat_template'))
+    if isinstance(template, str):  # a few have several, by name
+        begin = f'{{% set bos_token = {bos!r} %}}' if 'bos_token' in template and bos else ''
+        tokenizer.chat_template = begin + template
     return tokenizer
 
 

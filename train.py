@@ -27,6 +27,7 @@ import torch
 import console
 import plot_loss
 import runtime
+from chat import question_ids
 from checkpoint import load_checkpoint, restore, save_run, starting_point
 from configurator import check, override
 from console import Log, Progress, UsageError, UserError, hms
@@ -188,13 +189,13 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     """
     figures, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
-        x, y = next(batches)
+        x, y, divisor = next(batches)
         runtime.sync_gradients(model, micro_step == micro_steps - 1)  # once is enough
         with amp:
             loss, parts = training_loss(model, x, y)
-        scaler.scale(loss / micro_steps).backward()  # gradients add up; ranks are averaged
+        scaler.scale(loss / divisor).backward()  # gradients add up; ranks are averaged
         for name, value in {'loss': loss, **parts}.items():
-            figures[name] += value.detach() / micro_steps
+            figures[name] += value.detach() / divisor
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
@@ -230,6 +231,9 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
             counted = (y != -1).sum().item()
             total, count = total + loss.item() * counted, count + counted
         total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        if not count:
+            raise UserError(f'no answer in {split.path} begins within block_size={cfg.block_size} '
+                            'tokens: use a larger block_size')
         losses[name] = total / count
     model.train()
     return losses
@@ -254,16 +258,24 @@ def measure_best_again(run, model, cfg, data, measure, progress):
 
 
 def sample_text(model, tokenizer, cfg, device, amp):
-    """A short sample of the current model, each line after a bar."""
+    """A short sample of the current model, or its answer, each line after a bar."""
+    encode = question_ids if tokenizer.chat_template else prompt_ids
     try:
-        prompt = torch.tensor([prompt_ids(tokenizer, cfg.sample_start)], device=device)
+        prompt = torch.tensor([encode(tokenizer, cfg.sample_start)], device=device)
     except UserError as error:  # a character that the alphabet lacks, or tiktoken has no files
         return f'(no sample: {error})'
     generator = torch.Generator(device).manual_seed(cfg.seed)
     with amp:
         ids = model.generate(prompt, cfg.sample_tokens, 0.8, top_p=0.95, generator=generator,
                              vocab_size=tokenizer.vocab_size)
-    text = console.printable(tokenizer.decode(ids[0].tolist()).strip('\n'))
+    ids = ids[0].tolist()
+    if tokenizer.chat_template:  # without the template, and what it would ask next
+        answer, _, _ = tokenizer.decode(ids[prompt.size(1) :]).partition(
+            tokenizer.decode([tokenizer.eot]))
+        text = f'{cfg.sample_start}\n{answer}'
+    else:
+        text = tokenizer.decode(ids)
+    text = console.printable(text.strip('\n'))
     return ''.join(f'  | {line}\n' for line in text.split('\n'))
 
 
@@ -317,6 +329,9 @@ def set_up(cfg, data, ranks, device, dtype, progress):
         f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens, '
         f'{cfg.update_tokens:,} an update; {cfg.model} of {model.num_params():,} parameters on '
         f'{device} in {str(dtype)[6:]}; results in {os.path.abspath(cfg.out_dir)}')
+    if longer := data.splits['train'].longer_than(cfg.block_size):
+        progress.print_line(f'{longer:,} conversations are longer than block_size={cfg.block_size}:'
+                            ' only their beginnings are learned')
     return cfg, model, optimizers, scaler, run
 
 
@@ -329,7 +344,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                       progress=progress)
     if cfg.eval_only:
         for name, loss in measure(raw, data.splits).items():
-            perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf past 700
+            perplexity = math.inf if loss > 700 else math.exp(loss)
             progress.print_line(f'{name}: loss {loss:.4f}, perplexity {perplexity:.3f}, '
                                 f'{loss / math.log(2):.4f} bits per token')
         return None
@@ -412,14 +427,15 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     plot_loss.draw_run(log, progress, at_end=True)
     if stopping:
         stop.received = stop.received or signal.SIGTERM  # perhaps another process received it
-    print_end(cfg, run, saved, stopping, progress)
+    script = 'chat.py' if data.tokenizer.chat_template else 'sample.py'
+    print_end(cfg, run, saved, stopping, script, progress)
     return run['best_val_loss']
 
 
-def print_end(cfg, run, saved, stopping, progress):
+def print_end(cfg, run, saved, stopping, script, progress):
     """Print where the results are, and what to type next."""
     if not stopping:
-        script = os.path.relpath(Path(__file__).resolve().with_name('sample.py'))
+        script = os.path.relpath(Path(__file__).resolve().with_name(script))
         command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
         progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'
                             f', weights in {cfg.out_dir}\nnow: {command}')

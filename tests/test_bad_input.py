@@ -172,7 +172,7 @@ TABLE = {
     # datasets
     'no dataset': (tiny(dataset='none'), ['data/none', 'prepare_text.py'], nothing),
     'prepare fails': (
-        tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'see what it says above'],
+        tiny(dataset='wizard_char'), ['prepare_wizard_char.py', 'see its message above'],
         preparing('prepare_wizard_char.py --input=none.txt')),
     'no val.bin': (tiny(), ['data/tiny/val.bin', 'prepare'], remove('data/tiny/val.bin')),
     'odd bytes': (tiny(), ['data/tiny/val.bin', '3 bytes', 'prepare'],
@@ -266,7 +266,7 @@ TABLE = {
     'unknown tokenizer': (['prepare_text.py', STORY, '--dataset=x', '--tokenizer=bert'],
                           ["'bert'", 'gpt2'], nothing),
     'no room for training': (['prepare_text.py', STORY, '--dataset=x', '--val_fraction=1'],
-                             ['val_fraction=1.0', 'below 1'], nothing),
+                             ['val_fraction is 1.0', 'below 1'], nothing),
     'negative split': (['prepare_text.py', STORY, '--dataset=x', '--test_fraction=-0.1'],
                        ['test_fraction is -0.1'], nothing),
     'name with a path': (['prepare_text.py', STORY, '--dataset=../x'],

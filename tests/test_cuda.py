@@ -244,11 +244,11 @@ SLIPS = {
         'train.py', 'cfg.sample_start)], device=device)', 'cfg.sample_start)])'),
     'a loss for each micro-batch': (
         TRAIN.format(SHORT), 'update',
-        'train.py', 'loss / micro_steps)', 'loss / micro_steps + 0 * loss.item())'),
+        'train.py', 'loss / divisor)', 'loss / divisor + 0 * loss.item())'),
     'numbers on two devices': (
         TRAIN.format(SHORT), None, 'train.py', 'runtime.gather(norm)', 'norm.cpu()'),
     'a batch that is not pinned': (
-        TRAIN.format(EVALUATE), 'batch', 'dataset.py', 'rows.pin_memory().to', 'rows.to'),
+        TRAIN.format(EVALUATE), 'batch', 'dataset.py', 'pair.pin_memory().to', 'pair.to'),
     'a copy that waits': (
         TRAIN.format(EVALUATE), 'batch',
         'dataset.py', 'to(device, non_blocking=True)', 'to(device)'),
@@ -295,3 +295,20 @@ def test_one_of_four_ranks(library, tmp_path, settings):
             check(run, devices=['cpu', 'cuda:0'] if settings else ['cuda:0'])
             assert run.saved['best.pt'] == ['cpu' if settings else 'cuda:0']
             assert run.backend == 'cpu:gloo,cuda:nccl'
+
+
+BENCH = '''
+import bench
+bench.ROWS |= {
+    'train': (bench.bench_training, dict(updates=3, batch_size=2, block_size=4, n_layer=1, n_head=2,
+                                         n_embd=16, tokenizer='gpt2', recompute=True)),
+    'sample': (bench.bench_sampling, dict(n_layer=1, n_head=2, n_embd=16, samples=2, new=3))}
+bench.main(['--row=train', '--device=cuda', '--compile=false'])
+bench.main(['--row=sample', '--device=cuda'])
+'''
+
+
+def test_bench_measures_on_a_gpu(cuda):
+    report = cuda.ask(BENCH)
+    assert not report.error, report.error
+    assert '| train | ' in report.output and '| sample | ' in report.output, report.output

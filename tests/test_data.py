@@ -167,6 +167,30 @@ def test_a_split_of_one_token_is_refused_when_prepared(folder):
     assert not os.path.exists('data/x')
 
 
+def test_fractions_that_leave_a_split_empty_are_refused(folder):
+    with pytest.raises(UserError, match='0 train, 40 val, 60 test tokens.*other fractions'):
+        prepare_text.prepare('abcdefghij' * 10, 'x', val_fraction=0.6, test_fraction=0.6)
+    with pytest.raises(UserError, match='100 train, 0 val tokens.*other fractions'):
+        prepare_text.prepare('abcdefghij' * 10, 'x', val_fraction=0.0)
+    assert not os.path.exists('data/x')
+
+
+@pytest.mark.parametrize('data', [
+    'Привет, мир; Dorothy said so\n'.encode('utf-16-le'), b'\x89PNG\r\n\x1a\n', b'{\\rtf1', b'PAR1',
+    b'7z\xbc\xaf\x27', b'(\xb5/\xfd', b'Rar!', b'\xd0\xcf\x11\xe0',
+])
+def test_every_format_is_recognized(folder, data):
+    (folder / 'my.txt').write_bytes(data)
+    with pytest.raises(UserError, match='my.txt: it is .*, not UTF-8: convert it with'):
+        prepare_text.read_text('my.txt')
+
+
+def test_signs_of_a_format_within_a_text_are_text(folder):
+    text = 'a text on PK, %PDF, BZh, Rar! and {\\rtf\nPAR1 a\0\0b\n'
+    (folder / 'my.txt').write_text(text)
+    assert prepare_text.read_text('my.txt') == text
+
+
 def test_too_many_characters_for_16_bits(folder):
     chars = ''.join(map(chr, range(0x20000, 0x30001)))
     with pytest.raises(UserError, match='65,537 ids.*char .*gpt2'):
@@ -276,7 +300,7 @@ def take(batches, count):
 def test_batches_are_windows_of_the_file(tiny):
     split = Split('data/tiny/train.bin', 256)
     ids = ids_of('tiny', 'train')
-    offsets = [0, 5, len(ids) - 17]  # the last window is used too
+    offsets = np.array([0, 5, len(ids) - 17])  # the last window is used too
     x, y = split.batch(offsets, 16, CPU)
     assert x.shape == y.shape == (3, 16) and x.dtype == torch.int64
     for row, offset in enumerate(offsets):
@@ -288,13 +312,14 @@ def test_training_batches_follow_from_seed_and_iteration(tiny):
     split, cfg = Split('data/tiny/train.bin', 256), settings()
     two = take(training_batches(split, cfg, ALONE, CPU, 0), 8)  # two iterations of four
     resumed = take(training_batches(split, cfg, ALONE, CPU, 1), 4)
-    for (x, y), (again_x, again_y) in zip(two[4:], resumed):
+    for (x, y, _), (again_x, again_y, _) in zip(two[4:], resumed):
         assert (x == again_x).all() and (y == again_y).all()
     assert (two[0][0] != two[4][0]).any()
     other = take(training_batches(split, settings(seed=2), ALONE, CPU, 0), 1)
     assert (two[0][0] != other[0][0]).any()
     ids = ids_of('tiny', 'train')
-    for x, y in two:
+    for x, y, divisor in two:
+        assert divisor == 4  # the mean of four losses
         assert (x[:, 1:] == y[:, :-1]).all()
         starts = [i for i in range(len(ids) - 16) if ids[i : i + 16] == x[0].tolist()]
         assert starts and y[0, -1] in [ids[i + 16] for i in starts]
@@ -305,8 +330,8 @@ def test_the_ranks_share_the_batches_of_one_process(tiny):
     alone = take(training_batches(split, cfg, ALONE, CPU, 3), 4)
     ranks = [SimpleNamespace(rank=rank, world_size=2) for rank in range(2)]
     both = [batch for r in ranks for batch in take(training_batches(split, cfg, r, CPU, 3), 2)]
-    for (x, _), (shared, _) in zip(alone, both, strict=True):
-        assert (x == shared).all()
+    for (x, _, _), (shared, _, divisor) in zip(alone, both, strict=True):
+        assert (x == shared).all() and divisor == 2
 
 
 @pytest.mark.parametrize('world_size', [1, 3])

@@ -215,14 +215,14 @@ def test_a_finetuning_run_goes_on_with_the_shape_of_its_checkpoint(tiny, capsys)
 def test_a_kill_between_the_two_saves_loses_no_best(tiny, monkeypatch):
     run(out_dir='whole', max_iters=6)
     with monkeypatch.context() as patch:
-        save = checkpoints.save
+        save = torch.save
 
-        def killed(path, checkpoint):
-            if path == 'out/best.pt' and checkpoint['iter_num'] == 6:
+        def killed(checkpoint, file):
+            if 'optimizer' not in checkpoint and checkpoint['iter_num'] == 6:  # it is best.pt
                 raise KeyboardInterrupt
-            save(path, checkpoint)
+            save(checkpoint, file)
 
-        patch.setattr(checkpoints, 'save', killed)
+        patch.setattr(torch, 'save', killed)
         with pytest.raises(KeyboardInterrupt):
             run(max_iters=6)
     assert load_checkpoint('out/best.pt')['iter_num'] < 6
@@ -843,6 +843,26 @@ def test_bench_trains_where_the_peak_is_not_known(folder, monkeypatch, capsys):
     bench.main(['--row=small', '--device=cpu'])
     assert re.search(r'^\| small \| [\d,]+ tok/s \| n/a \| [\d.]+ GiB \|$',
                      capsys.readouterr().out, re.M)
+
+
+def test_bench_on_a_gpu_measures_every_row_of_gpt2(monkeypatch, capsys):
+    device = torch.device('cuda'), torch.bfloat16
+    monkeypatch.setattr(bench.runtime, 'device_and_dtype', lambda cfg: device)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    monkeypatch.setattr(bench.subprocess, 'run', lambda command, **_: SimpleNamespace(
+        stdout=command[-1].replace('--row=', '| ')))
+    bench.main(['--only=gpt2'])
+    rows = [line[2:] for line in capsys.readouterr().out.split('\n') if 'gpt2' in line]
+    assert rows == [name for name in bench.ROWS if 'gpt2' in name] and len(rows) == 7
+
+
+def test_bench_compares_training_with_and_without_recomputation():
+    rows = {name: row for name, row in bench.ROWS.items() if 'recompute' in name}
+    assert len(rows) == 2
+    for name, (function, arguments) in rows.items():
+        plain, settings = bench.ROWS[name.replace(', recompute', '')]
+        assert function is plain and arguments == settings | {'recompute': True}
 
 
 def test_bench_fails_if_a_row_does(monkeypatch, error_of, capsys):

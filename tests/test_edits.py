@@ -178,8 +178,8 @@ LION = '''class Lion(torch.optim.Optimizer):
 
 def test_an_optimizer_is_one_entry_with_its_own_peak_and_is_resumed_exactly(tiny, source):
     """With state that isn't shaped like its weight: a counter, a factored mean."""
-    edited(source, 'train.py', ("# The setting `optimizer`: a function", LION +
-                                "# The setting `optimizer`: a function"),
+    edited(source, 'train.py', ("# By the setting `optimizer`: functions", LION +
+                                "# By the setting `optimizer`: functions"),
            ("OPTIMIZERS = {'adamw': adamw, 'muon': muon}", "OPTIMIZERS = {'adamw': adamw, "
             "'muon': muon, 'lion': lambda model, cfg, dtype: "
             "[Lion(model.parameters(), cfg.learning_rate / 10)]}"))

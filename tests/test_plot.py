@@ -77,7 +77,7 @@ BROKEN = {
     'another table': (['table'], "table/log.csv .*'val_loss'.*leave"),
     'no text': (['binary'], 'binary/log.csv .*decode.*leave'),
     'one of several': (['out', 'word'], 'cannot draw word/log.csv'),
-    'another x': (['out', '--x=loss'], 'x=loss.*iteration, tokens, epochs, seconds'),
+    'another x': (['out', '--x=loss'], "x='loss'.*'iteration', 'tokens', 'epochs', 'seconds'"),
     'a misspelt flag': (['out', '--ouf=loss.png'], "did you mean 'out'"),
 }
 

@@ -1,0 +1,196 @@
+"""Talk to a model that was trained on conversations.
+
+    python chat.py --out_dir=out-chat
+    python chat.py --out_dir=out-chat --system="Answer in Portuguese." --temperature=0
+    python chat.py --out_dir=out-chat < questions.txt > answers.txt
+
+An empty line begins a new conversation; Ctrl-C or Ctrl-D ends the program.
+
+A conversation becomes one text by the tokenizer's chat template, which is Jinja as in Hugging Face
+folders. Ours, for tokenizers that come without one, is `TEMPLATE`: each message under its role,
+with the end-of-text token behind it.
+"""
+
+import re
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+import console
+import runtime
+from checkpoint import load_model
+from configurator import check, override
+from console import UsageError, UserError
+from model import sample_from, stream
+from quantize import prepare_for_sampling
+from tokenizer import TextStream
+
+TEMPLATE = (
+    r"{% for message in messages %}"
+    r"{{ message.role + '\n' + message.content | trim + eos_token }}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+
+
+@dataclass
+class ChatConfig:
+    init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: a folder, a name
+    out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
+    system: str = ''  # a message that begins each conversation, if the model was trained with one
+    max_new_tokens: int = 500  # an answer's length, at most
+    temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
+    top_k: int | None = 200  # only the k likeliest tokens count; none for all
+    top_p: float | None = None  # only the likeliest tokens that reach this probability together
+    seed: int = 1337  # the same seed and questions, the same answers
+    device: str = 'auto'  # the best there is of cuda, mps, cpu
+    dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
+    quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
+
+    def __post_init__(self):
+        """Refuse impossible values before anything slow. Raises UsageError."""
+        check(self, at_least_1='max_new_tokens', quantize=['', 'int8'])
+        try:
+            sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+@lru_cache
+def compiled(template):
+    """A function that renders a template. In its sandbox, a stranger's can only write text."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # it comes with torch
+
+    def refuse(message):
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(  # as transformers sets it up
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    environment.globals['raise_exception'] = refuse
+    template = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', template)  # a mark of transformers
+    return environment.from_string(template).render
+
+
+def encode_chat(tokenizer, messages):
+    """(ids, learned) of a conversation: arrays (T,), int64 and bool.
+
+    messages: dicts with `role` (system, user or assistant) and `content`. learned: what the
+    assistant writes, which is each answer and what ends it, but not the header in front of it. If
+    the last message is not the assistant's, ids end with the header of its answer. The ids are
+    those of transformers' `apply_chat_template`. Raises UserError.
+    """
+    from jinja2 import TemplateError
+
+    end = tokenizer.decode([tokenizer.eot])
+    if any(end in message['content'] for message in messages):
+        raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
+
+    def render(messages, header):
+        try:
+            return compiled(tokenizer.chat_template)(
+                messages=messages, add_generation_prompt=header, eos_token=end)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(f'the chat template refuses {str(messages)[:80]} ({error}): use other '
+                            'roles, or in another order') from None
+
+    text = render(messages, messages[-1]['role'] != 'assistant')
+    ids = np.array(tokenizer.encode_special(text), int)
+
+    def length(part):
+        """How many of the ids are of `part`, the beginning of `text`."""
+        if not text.startswith(part):
+            raise UserError("the tokenizer's chat template changes earlier messages when others "
+                            'follow: use conversations of one question and one answer')
+        part_ids = tokenizer.encode_special(part)[: len(ids)]
+        return np.append(ids[: len(part_ids)] == part_ids, False).argmin()
+
+    learned = np.zeros(len(ids), bool)
+    for i, message in enumerate(messages):
+        if message['role'] == 'assistant':
+            header = length(render(messages[:i], True))
+            learned[header : length(render(messages[: i + 1], False))] = True
+    return ids, learned
+
+
+def question_ids(tokenizer, question, history=()):
+    """The ids, a list, after which the assistant answers. history: the messages before."""
+    ids, _ = encode_chat(tokenizer, [*history, {'role': 'user', 'content': question.strip()}])
+    return ids.tolist()
+
+
+def questions(in_terminal):
+    """Yield what the user types, or the lines of a pipe, without spaces around them."""
+    sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
+    if not in_terminal:
+        yield from map(str.strip, sys.stdin)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401, with it, input() understands the arrow keys
+    print('An empty line begins a new conversation; Ctrl-C ends.')
+    with suppress(EOFError):
+        while True:
+            yield input('> ').strip()
+
+
+def chat(cfg):
+    """Answer each line of standard input, until it ends."""
+    device, dtype = runtime.device_and_dtype(cfg)
+    resume = cfg.init_from == 'resume'
+    path = cfg.out_dir if resume else cfg.init_from
+    model, tokenizer = load_model(path, hub=not resume)
+    if not tokenizer.chat_template or tokenizer.eot is None:
+        raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
+                        'what prepare_chat.py made')
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    block_size = model.config.block_size
+    exchanges = []  # of the conversation: a question and an answer each
+    for question in questions(in_terminal):
+        if not question:
+            exchanges = []
+            continue
+        try:
+            ids = question_ids(tokenizer, question, sum(exchanges, system))
+            # Leave room for an answer: without the oldest exchanges, but never the question.
+            while exchanges and len(ids) + min(cfg.max_new_tokens, block_size // 4) > block_size:
+                exchanges.pop(0)
+                ids = question_ids(tokenizer, question, sum(exchanges, system))
+            if len(ids) >= block_size:
+                raise UserError(f'these are {len(ids)} tokens, too many for a context of '
+                                f'{block_size}: ask less at once')
+        except UserError as error:  # also for a letter that the alphabet lacks
+            print(f'({error})', file=sys.stderr)
+            continue
+        answer = TextStream('', ids, tokenizer, eot=tokenizer.eot)
+        with amp:
+            for token in stream(model, torch.tensor([ids], device=device), cfg.max_new_tokens,
+                                cfg.temperature, cfg.top_k, cfg.top_p, generator,
+                                tokenizer.vocab_size):
+                new = answer.add(token.item())
+                if in_terminal:
+                    print(console.printable(new), end='', flush=True)
+                if answer.done:
+                    break
+        rest, text = answer.finish(), answer.text.strip()
+        print(console.printable(rest if in_terminal else ' '.join(text.split('\n'))), flush=True)
+        exchanges.append([{'role': 'user', 'content': question},
+                          {'role': 'assistant', 'content': text}])
+
+
+def main(argv):
+    cfg = override(ChatConfig(), argv, usage=__doc__)
+    runtime.set_speed_options()
+    with runtime.out_of_memory('use --quantize=int8'):
+        try:
+            chat(cfg)
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == '__main__':
+    console.run(main)
