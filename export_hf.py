@@ -3,9 +3,8 @@
     python export_hf.py --out_dir=out-wizard-char --to=wizard-hf
     python sample.py --init_from=wizard-hf --start="Dorothy"
 
-A GPT becomes a `gpt2`, a Llama a `llama`, or a `qwen3` if it has norms on queries and keys. What
-runs these from such folders runs this one: transformers and its server, vLLM and others.
-`read_pretrained` is the way back, for their models too.
+A GPT becomes a `gpt2`, a Llama a `llama`, or a `qwen3` if it has norms on queries and keys. Any
+program that loads such folders (transformers, vLLM, ...) can load this one; so do our scripts.
 """
 
 import json
@@ -14,7 +13,6 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 
@@ -28,6 +26,8 @@ from model import GPT
 from pretrained import GELUS, NAMES, hugging_face_weights
 from tokenizer import CharTokenizer, HuggingFaceTokenizer
 
+CANNOT_RUN = 'sample.py can run this model, transformers cannot'
+
 
 @dataclass
 class ExportConfig:
@@ -36,7 +36,7 @@ class ExportConfig:
 
 
 def hugging_face_tokenizer(tokenizer):
-    """The same as a tokenizers.Tokenizer."""
+    """The tokenizers.Tokenizer that gives the same ids."""
     from tiktoken.load import read_file_cached
     from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer
     from tokenizers import decoders, models, pre_tokenizers
@@ -62,7 +62,7 @@ def hugging_face_tokenizer(tokenizer):
 @torch.no_grad()
 def export(model, tokenizer, folder):
     """Write the folder. Raises UserError for a model that transformers doesn't have."""
-    c, eot = model.config, tokenizer.eot
+    c = model.config
     settings = {key: getattr(c, setting) for setting, key in NAMES.items() if hasattr(c, setting)}
     if isinstance(model, GPT):
         kind = 'gpt2'
@@ -72,14 +72,15 @@ def export(model, tokenizer, folder):
         kind = 'qwen3' if c.qk_norm else 'llama'
     else:
         raise UserError(f'a {type(model).__name__} has no Hugging Face form: export a GPT')
+    if extra := vars(c).keys() - NAMES.keys() - {'dropout', 'bias', 'gelu', 'qk_norm'}:
+        raise UserError(f'a {kind} has no setting {", ".join(sorted(extra))}: {CANNOT_RUN}')
     optional('transformers', '4.56')
     from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     fast = hugging_face_tokenizer(tokenizer)
-    end = None if eot is None else fast.id_to_token(eot)
+    end = None if tokenizer.eot is None else fast.id_to_token(tokenizer.eot)
     # Where an answer is in a text; else transformers' server reads a qwen3's as Qwen writes them.
     answer = {'defaults': {'role': 'assistant'}, 'start_anchor': 'assistant\n',
               'fields': {'content': {'close': end, 'content': 'text'}}}
@@ -88,33 +89,22 @@ def export(model, tokenizer, folder):
         clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template,
         response_template=answer if tokenizer.chat_template == TEMPLATE else None,
     ).save_pretrained(folder)
-    files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: as they came
+    files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: unchanged
     for name, text in files.items():
         Path(folder, name).write_text(text, 'utf-8')
     special = AutoTokenizer.from_pretrained(folder)
-    settings |= {f'{name}_token_id': getattr(special, f'{name}_token_id')
-                 for name in ('bos', 'eos', 'pad')}
-    settings['vocab_size'] = min(len(special), c.vocab_size)  # without padding
+    for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+        settings[name] = getattr(special, name)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
-    weights, ours = theirs.state_dict(), hugging_face_weights(model)
-    for name in ours.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
-                               'lm_head.weight'}:
-        ours[name] = ours[name][: settings['vocab_size']]
-    for name in weights.keys() - ours.keys():
-        if name.endswith('.bias') and not getattr(c, 'bias', True):
-            ours[name] = torch.zeros_like(weights[name])
-    shapes = [{name: weight.shape for name, weight in state.items()} for state in (ours, weights)]
-    wrong = {name for name, _ in shapes[0].items() ^ shapes[1].items()}
-    wrong |= vars(c).keys() - NAMES.keys() - {'dropout', 'bias', 'gelu', 'qk_norm'}
-    if wrong:
-        raise UserError(f'a {kind} has no counterpart to {shorten(", ".join(sorted(wrong)), 200)}: '
-                        'transformers cannot run this model')
-    theirs.load_state_dict(ours)
+    biases = {name: torch.zeros_like(weight) for name, weight in theirs.state_dict().items()
+              if name.endswith('.bias') and not getattr(c, 'bias', True)}
+    with user_errors(RuntimeError, f'a {kind} has other weights', CANNOT_RUN):
+        theirs.load_state_dict(biases | hugging_face_weights(model))
+    theirs.resize_token_embeddings(min(len(special), c.vocab_size))  # without padding
     idx = torch.arange(min(c.block_size, tokenizer.vocab_size, 64))[None]
-    expected = model.eval()(idx, idx)[0][..., : settings['vocab_size']]
+    expected = model.eval()(idx, idx)[0][..., : theirs.config.vocab_size]
     if not torch.allclose(theirs(idx).logits, expected, rtol=1e-2, atol=1e-2):
-        raise UserError(f'a {kind} computes something else from these weights than this model '
-                        'does: transformers cannot run it')
+        raise UserError(f'a {kind} computes something else from these weights: {CANNOT_RUN}')
     with user_errors(SafetensorError, f'cannot write {folder}', 'free some space'):
         theirs.save_pretrained(folder)
     if 'generation_config.json' in files:

@@ -2,9 +2,9 @@
 
     python train.py config/train_wizard_llama.py
 
-RMSNorm for LayerNorm, rotary for learned positions, SwiGLU for the GELU MLP, fewer heads for keys
-and values, no biases: Touvron et al. 2023 (Llama 2), arXiv:2307.09288. Newer than that are a norm
-on queries and keys, and the optimizer in muon.py.
+RMSNorm for LayerNorm, rotary for learned positions, SwiGLU for the GELU MLP, fewer heads of keys
+and values, no biases: Touvron et al. 2023 (Llama 2), arXiv:2307.09288. Newer: norms on queries and
+keys, and the optimizer in muon.py.
 """
 
 from dataclasses import dataclass, fields
@@ -30,9 +30,9 @@ class LlamaConfig:
     n_embd: int = 768
     dropout: float = 0.0
     n_kv_head: int | None = None  # heads of keys and values; None: n_head
-    qk_norm: bool = True  # normalize queries and keys; Qwen 3 does, Llama itself doesn't
+    qk_norm: bool = True  # normalize queries and keys, as Qwen 3 does; False: as Llama
     head_size: int | None = None  # None: n_embd / n_head
-    n_hidden: int | None = None  # width inside the MLP; None: as many weights as GPT-2's MLP has
+    n_hidden: int | None = None  # width of the MLP; None: as many weights as GPT-2's MLP
     rope_theta: float = 10000.0  # the slowest pair turns once in about 2 pi * rope_theta positions
     norm_eps: float = 1e-5
     tied: bool = True  # one matrix reads tokens and predicts them, as in GPT-2; False: two
@@ -44,17 +44,15 @@ class LlamaConfig:
         # Three matrices instead of two, so 8/3 of the width instead of 4; a multiple of 32.
         self.n_hidden = self.n_hidden or 32 * max(1, round(8 * self.n_embd / 3 / 32))
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head or self.head_size % 2:
-            raise ValueError(f'n_head={self.n_head}, n_kv_head={self.n_kv_head}, head_size='
-                             f'{self.head_size}: n_head must be a multiple of n_kv_head, and '
-                             'head_size even')
+            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head='
+                             f'{self.n_kv_head}, and head_size={self.head_size} must be even')
 
 
 def rotation_angles(positions, head_size, theta):
     """cos and sin for `rotate`, each (T, head_size), of positions (T,).
 
     Pair i of a head's numbers turns by position * theta^(-2 i / head_size), so that the product of
-    a query and a key depends only on how far apart they are. It replaces learned positions.
-    RoFormer: Su et al. 2021, arXiv:2104.09864.
+    a query and a key depends on their distance alone. RoFormer: Su et al. 2021, arXiv:2104.09864.
     """
     speed = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
     angle = positions[:, None] * speed  # (T, head_size / 2)
@@ -65,8 +63,7 @@ def rotation_angles(positions, head_size, theta):
 def rotate(x, cos, sin):
     """Turn each pair (a, b) = (x[i], x[i + head_size / 2]) into (a cos - b sin, b cos + a sin).
 
-    (B, heads, T, head_size) to the same shape. Pairs are (i, i + head_size / 2), as in Hugging
-    Face's Llama; Meta's own pairs neighbours.
+    x: (B, heads, T, head_size). The pairs are those of Hugging Face's Llama; Meta's are neighbors.
     """
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
@@ -74,9 +71,8 @@ def rotate(x, cos, sin):
 class GroupedAttention(nn.Module):
     """Attention where n_head / n_kv_head heads of queries share one of keys and values.
 
-    That makes the cache smaller: GQA, Ainslie et al. 2023, arXiv:2305.13245. With `qk_norm`,
-    queries and keys are normalized, so that their products cannot grow without bound: Henry et al.
-    2020, arXiv:2010.04245; Qwen 3, arXiv:2505.09388.
+    It makes the cache smaller: GQA, Ainslie et al. 2023, arXiv:2305.13245. With `qk_norm`, the
+    products of queries and keys cannot grow without bound: Henry et al. 2020, arXiv:2010.04245.
     """
 
     def __init__(self, config):
@@ -92,8 +88,8 @@ class GroupedAttention(nn.Module):
         """(B, T, n_embd) to the same shape. cos, sin: from `rotation_angles`."""
         B, T, _ = x.shape
         c = self.config
-        heads = self.qkv_proj(x).view(B, T, -1, c.head_size)  # of queries, keys, values
-        heads = heads.transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_size)
+        heads = self.qkv_proj(x).view(B, T, -1, c.head_size).transpose(1, 2)
+        # (B, n_head + 2 n_kv_head, T, head_size) -> three of (B, their heads, T, head_size)
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:  # in float32, as the norms' weights are in training
             q = self.q_norm(q.to(self.q_norm.weight.dtype))
@@ -109,10 +105,7 @@ class GroupedAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP in which one projection decides how much of another passes, instead of a GELU.
-
-    Shazeer 2020, arXiv:2002.05202.
-    """
+    """An MLP in which one projection gates another: Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, config):
         super().__init__()
@@ -125,7 +118,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """As GPT-2's: x = x + attention(norm(x)), then x = x + MLP(norm(x))."""
+    """x = x + attention(norm(x)), then x = x + MLP(norm(x)), as in GPT-2."""
 
     def __init__(self, config):
         super().__init__()
@@ -133,7 +126,7 @@ class LlamaBlock(nn.Module):
         self.self_attn = GroupedAttention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)  # against overfitting; a Llama itself has none
+        self.dropout = nn.Dropout(config.dropout)  # for small datasets; a Llama has none
 
     def forward(self, x, cos, sin, cache=None):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
@@ -161,15 +154,15 @@ class Llama(LanguageModel):
 
     def forward(self, idx, targets=None, cache=None, loss_only=False):
         """As `GPT.forward`."""
-        positions = self.positions(idx, cache)
-        cos, sin = rotation_angles(positions, self.config.head_size, self.config.rope_theta)
+        c = self.config
+        cos, sin = rotation_angles(self.positions(idx, cache), c.head_size, c.rope_theta)
         x = self.model.embed_tokens(idx)  # (B, T, n_embd)
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, cache[layer] if cache else None)
         return logits_and_loss(self.model.norm(x), self.lm_head, targets, loss_only)
 
 
-# What the setting `model` of train.py chooses from: (class, its config). Add your own here.
+# The choices of train.py's setting `model`: a class and its config. Add your own here.
 MODELS = {'gpt': (GPT, GPTConfig), 'llama': (Llama, LlamaConfig), 'bigram': (Bigram, BigramConfig)}
 
 
@@ -179,5 +172,5 @@ def class_and_config(settings, model_args):
     Raises ValueError, KeyError or TypeError if there can be no such model.
     """
     cls, config_cls = MODELS[settings.get('model', 'gpt')]
-    names = [field.name for field in fields(config_cls) if field.name in settings]
+    names = {field.name for field in fields(config_cls)} & settings.keys()
     return cls, config_cls(**{name: settings[name] for name in names} | model_args)

@@ -2,10 +2,9 @@
 
     python train.py config/train_wizard_llama.py   # which sets optimizer = 'muon'
 
-The running mean of the gradient, made orthogonal, is the update. A gradient has a few strong
-directions and many weak ones. Made orthogonal, all are equally strong, so that rare ones are
-learnt as well: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". With
-weight decay: Liu et al. 2025, arXiv:2502.16982.
+The update is the running mean of the gradient, made orthogonal. Its few strong directions and many
+weak ones become equally strong, so that rare ones are learned too: Jordan et al. 2024, "Muon: an
+optimizer for hidden layers in neural networks"; weight decay: Liu et al. 2025, arXiv:2502.16982.
 """
 
 from collections import defaultdict
@@ -14,22 +13,21 @@ import torch
 
 from runtime import shard_like
 
-# Newton-Schulz polynomials s -> a s + b s^3 + c s^5, one a step. Each maps the interval left by
-# the step before, at first 0.005 to 1, as close to 1 as possible, with 2 % to spare for rounding:
-# the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
+# Newton-Schulz polynomials s -> a s + b s^3 + c s^5, one for each step. Each maps the interval left
+# by the previous step, at first 0.005 to 1, as close to 1 as possible, with a margin of 2 % for
+# rounding: the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
 POLYNOMIALS = (
     (8.1400, -23.0368, 16.3967), (3.8518, -2.7640, 0.5084), (3.1586, -2.2837, 0.4577),
     (2.1981, -1.5352, 0.3822), (1.8668, -1.2229, 0.3564),
 )
 
 
-def orthogonal(matrices, steps):
+def orthogonal(x, steps):
     """(N, rows, columns), rows <= columns, to the same shape, singular values brought near 1.
 
-    Products alone apply a polynomial to all singular values at once. 3 steps take each s from
-    0.005 to 1 into 0.48 to 1.52, 5 steps to 1 within a thousandth; smaller ones stay smaller.
+    Matrix products apply a polynomial to all singular values at once. 3 steps map 0.005 to 1 into
+    0.48 to 1.52, 5 steps to within a thousandth of 1; smaller values stay smaller.
     """
-    x = matrices
     for step in range(steps):
         a, b, c = POLYNOMIALS[min(step, len(POLYNOMIALS) - 1)]
         gram = x @ x.mT  # (N, rows, rows); its singular values are the squares of x's
@@ -42,17 +40,24 @@ def orthogonal(matrices, steps):
     return x
 
 
-class Muon(torch.optim.Optimizer):
-    """Weights of two dimensions, or of more, which are stacks of matrices: the last two count.
+def orthogonalize_(updates, steps):
+    """Make matrices orthogonal, in place; of more dimensions than two, the last two count.
 
     Tall matrices are split into square pieces, so that queries, keys and values are orthogonalized
-    separately. (Jordan's factor for tall matrices, sqrt(rows / columns), is then 1.) Pieces of
-    one shape are multiplied together.
-
-    Settings as torch.optim.Muon's: lr, momentum, weight_decay, ns_steps; and bf16: whether to
-    multiply in it, since a direction needs few digits. (torch's always does, which is 30 times
-    slower on a CPU without such instructions.)
+    separately. Pieces of one shape are multiplied together.
     """
+    pieces = defaultdict(list)  # by shape
+    for update in updates:
+        for piece in update.split(update.size(-1), dim=-2):
+            pieces[piece.shape].append(piece)
+    for same_shape in pieces.values():
+        stack = torch.stack(same_shape)  # (N, ..., rows, columns)
+        result = orthogonal(stack.flatten(0, -3), steps).view_as(stack)
+        torch._foreach_copy_(same_shape, result.unbind())
+
+
+class Muon(torch.optim.Optimizer):
+    """Settings as torch.optim.Muon's; bf16: whether to multiply in it, as torch's always does."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, ns_steps=3, bf16=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
@@ -61,35 +66,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            pieces = defaultdict(list)  # (weights, gradient) by shape
-            for p in group['params']:
-                if p.grad is None:
-                    continue
-                if p not in self.state:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                gradient = p.grad.lerp(mean, group['momentum'])  # Nesterov: one step further
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                weights, is_sharded = p, hasattr(p, 'full_tensor')
-                if is_sharded:  # whole matrices, one at a time
-                    gradient = gradient.full_tensor()
-                    weights = torch.zeros_like(gradient)
-                gradient = gradient.bfloat16() if group['bf16'] else gradient
-                width = p.size(-1)
-                for piece in zip(weights.split(width, dim=-2), gradient.split(width, dim=-2)):
-                    pieces[piece[0].shape].append(piece)
-                if is_sharded:
-                    apply_updates(pieces, group)
-                    p.add_(shard_like(weights, p))
-            apply_updates(pieces, group)
+            params = [p for p in group['params'] if p.grad is not None]
+            is_sharded = any(hasattr(p, 'full_tensor') for p in params)
+            for together in [[p] for p in params] if is_sharded else [params]:  # to save memory
+                updates = [self.momentum_step(p, group) for p in together]
+                orthogonalize_(updates, group['ns_steps'])
+                for p, update in zip(together, updates):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.sub_(shard_like(update, p), alpha=group['lr'])
 
-
-def apply_updates(pieces, group):
-    """Subtract the orthogonal form of all gradients from their weights, and empty `pieces`."""
-    for same_shape in pieces.values():
-        weights, gradients = zip(*same_shape)
-        gradients = torch.stack(gradients)  # (N, ..., rows, columns)
-        updates = orthogonal(gradients.flatten(0, -3), group['ns_steps'])
-        updates = updates.view(gradients.shape).unbind()
-        torch._foreach_sub_(weights, updates, alpha=group['lr'])
-    pieces.clear()
+    def momentum_step(self, p, group):
+        """Update the running mean of p's gradient; return it one step ahead (Nesterov), whole."""
+        if p not in self.state:
+            self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+        update = p.grad.lerp(mean, group['momentum'])
+        update = update.bfloat16() if group['bf16'] else update
+        return update.full_tensor() if hasattr(update, 'full_tensor') else update

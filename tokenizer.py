@@ -4,9 +4,9 @@
     tokenizer.encode('hole')                 # array([1, 3, 2, 0], dtype=uint16)
     tokenizer.decode([1, 3, 2, 0])           # 'hole'
 
-`eot` is the id that ends a text, or None; `front` are the ids that begin one; `chat_template` is
-explained in chat.py. meta.json and checkpoints contain `state()`, and `tokenizer_from(state)` is the
-same tokenizer.
+`eot` is the id that ends a text, or None; `front` are the ids that begin one; for `chat_template`
+see chat.py. meta.json and checkpoints contain `state()`; `tokenizer_from(state)` is the same
+tokenizer.
 """
 
 import hashlib
@@ -22,9 +22,11 @@ import numpy as np
 from console import UsageError, UserError, optional, user_errors
 
 OPENAI = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
-# sha256 of GPT-2's tokens in the order of their ids, then its merges, each on a line
-GPT2_SHA256 = '9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d'
-
+# The files of a Hugging Face folder that concern its tokenizer.
+FILES = ['tokenizer.json', 'config.json', 'tokenizer_config.json', 'vocab.json',
+         'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja']
+# The sha256 of GPT-2's `rules_of`, as JSON.
+GPT2_SHA256 = 'dbbe2f82ad259ed5f19545f0f93cce1ce00ec6961774b91f3caf6f426b86fa1d'
 PIECE = 1 << 20  # characters that are encoded at once
 END = '␃'  # the character that ends a text of characters, if it has one
 
@@ -32,15 +34,14 @@ END = '␃'  # the character that ends a text of characters, if it has one
 class Tokenizer:
     """Base class: how long texts and prompts are encoded."""
 
-    front, chat_template = (), None
+    eot, front, chat_template = None, (), None
 
     def encode_pieces(self, text):
         """Yield (ids, where they end in `text`), a million characters or so at a time."""
         begin = 0
         while begin < len(text):
             # Between two lines without spaces around the break: no token reaches over that.
-            cut = re.compile(r'(?<=\S\n)(?=\S)').search(text, begin + PIECE)
-            end = cut.start() if cut else len(text)
+            end = re.compile(r'(?<=\S\n)(?=\S)|\Z').search(text, begin + PIECE).start()
             yield self.encode(text[begin:end]), end
             begin = end
 
@@ -114,8 +115,8 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode_special(self, text):
         """As `encode`, but <|endoftext|> is the token, as in nanoGPT's prompts."""
-        first, *others = (self.encode(part) for part in text.split('<|endoftext|>'))
-        return np.concatenate([first, *(part for ids in others for part in ([self.eot], ids))])
+        parts = [np.append(self.encode(part), self.eot) for part in text.split('<|endoftext|>')]
+        return np.concatenate(parts)[:-1]
 
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids])
@@ -125,10 +126,9 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json, by the library tokenizers; `json` is its text.
+    """A tokenizer.json, whose text is `json`, read by the library tokenizers.
 
-    Special tokens in a text are recognized. files: the texts of the other files that belong to it,
-    by name, which are exported as they came.
+    Special tokens in a text are recognized. files: its folder's other files, exported unchanged.
     """
 
     def __init__(self, json, eot=None, files=None):
@@ -140,40 +140,37 @@ class HuggingFaceTokenizer(Tokenizer):
         self.wrapped.no_padding()
         self.vocab_size = max(self.wrapped.get_vocab().values(), default=0) + 1
         with suppress(Exception):  # it may not know the letter
-            # What its post-processor puts in front of a text, for example <s>.
-            plain, whole = (self.wrapped.encode('a', add_special_tokens=special).ids
-                            for special in (False, True))
-            self.front = whole[: whole.index(plain[0])]
+            letter = self.wrapped.encode('a')  # with special tokens, for example <s> in front
+            self.front = letter.ids[: letter.special_tokens_mask.index(0)]
 
     def encode(self, text):
         return np.concatenate([ids for ids, _ in self.encode_pieces(text)])
 
     def encode_pieces(self, text, margin=1024):
-        """As `Tokenizer.encode_pieces`: all at once, a text takes 150 times its memory.
+        """As `Tokenizer.encode_pieces`: the library takes 150 times the memory of its text.
 
-        A piece is read with a margin around it, and ends where a token begins, whether the library
-        has read what is before it or only the margin.
+        A piece is read with a margin on both sides. It ends where a token begins, if the library
+        finds the same beginning when it reads only the margins around it.
         """
         def read(start, end):
+            start = max(0, start)
             with user_errors(Exception, 'the tokenizer cannot encode this text', 'use another'):
-                piece = self.wrapped.encode(text[max(0, start) : end], add_special_tokens=False)
-            begins = [begin for begin, _ in piece.offsets]
-            return np.array(piece.ids, int), np.array(begins, int) + max(0, start)
+                piece = self.wrapped.encode(text[start:end], add_special_tokens=False)
+            return np.array(piece.ids, int), np.array([start + s for s, _ in piece.offsets], int)
 
         text = text.encode('utf-8', 'replace').decode()  # without half surrogates
-        cut, size = 0, PIECE
-        while True:
-            ids, begins = read(cut - margin, cut + size + margin)
-            first, last = np.searchsorted(begins, (cut, cut + size))
-            if cut + size + margin >= len(text):
-                yield ids[first:], len(text)
-                return
-            end = begins[last] if last < len(begins) else None
-            if end is None or end not in read(end - margin, end + margin)[1]:
+        begin, size = 0, PIECE
+        while begin + size + margin < len(text):
+            ids, starts = read(begin - margin, begin + size + margin)
+            first, last = np.searchsorted(starts, (begin, begin + size))
+            end = starts[last] if last < len(starts) else len(text)
+            if end in read(end - margin, end + margin)[1]:
+                yield ids[first:last], end
+                begin, size = end, PIECE
+            else:
                 size += PIECE
-                continue
-            yield ids[first:last], end
-            cut, size = end, PIECE
+        ids, starts = read(begin - margin, len(text))
+        yield ids[starts >= begin], len(text)
 
     def decode(self, ids):
         return self.wrapped.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -199,13 +196,16 @@ def tokenizer_from(state):
     return tokenizer
 
 
+def read_json(text):
+    """The values of a JSON text, without those that are null, false or ''."""
+    return json.loads(text, object_hook=lambda part: {
+        name: value for name, value in part.items()
+        if value not in (None, '') and value is not False})
+
+
 def rules_of(text):
     """The parts of a tokenizer.json that decide ids, in one form whatever version wrote it."""
-    def only_set(part):
-        return {name: value for name, value in part.items()
-                if value is not None and value is not False and value != ''}
-
-    state = json.loads(HuggingFaceTokenizer(text).wrapped.to_str(), object_hook=only_set)
+    state = read_json(HuggingFaceTokenizer(text).wrapped.to_str())
     names = 'model', 'normalizer', 'pre_tokenizer', 'added_tokens'
     return {name: state[name] for name in names if state.get(name)}
 
@@ -220,64 +220,56 @@ def gives_same_ids(state, other):
 def own_form(text):
     """The CharTokenizer or GPT2Tokenizer that gives the same ids as a tokenizer.json, or None."""
     rules = rules_of(text)
-    model, split, added = (rules.pop(name, {}) for name in ('model', 'pre_tokenizer',
-                                                            'added_tokens'))
-    vocab, merges = dict(model.pop('vocab')), [' '.join(pair) for pair in model.pop('merges', ())]
-    plain = all(token.keys() <= {'id', 'content', 'special', 'normalized'} for token in added)
-    words = sorted(vocab, key=vocab.get)
-    if rules or not plain or not {token['content'] for token in added} <= set(words):
+    rules['model'].pop('unk_token', None)  # these have no unknown tokens
+    vocab, added = dict(rules['model']['vocab']), rules.pop('added_tokens', [])
+    plain = {'id', 'content', 'special', 'normalized'}
+    if not all(token.keys() <= plain and token['content'] in vocab for token in added):
         return None
-    if model['type'] == 'WordLevel' and words == sorted(''.join(words)) and split == {
-            'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated'}:
-        return CharTokenizer(''.join(words))
-    digest = hashlib.sha256('\n'.join(words + merges).encode()).hexdigest()
-    if digest == GPT2_SHA256 and model == {'type': 'BPE'} and len(added) < 2 and split == {
-            'type': 'ByteLevel', 'trim_offsets': True, 'use_regex': True}:
-        return GPT2Tokenizer()
-    return None
+    chars = sorted(''.join(vocab))
+    model = {'type': 'WordLevel', 'vocab': {char: i for i, char in enumerate(chars)}}
+    split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated'}
+    if rules == {'model': model, 'pre_tokenizer': split}:
+        return CharTokenizer(''.join(chars))
+    digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    return GPT2Tokenizer() if digest == GPT2_SHA256 and len(added) < 2 else None
 
 
 def tokenizer_of(name):
     """The tokenizer of a Hugging Face folder, or of a model there. Runs no code of it."""
-    folder, files = name, ['tokenizer.json', 'config.json', 'tokenizer_config.json', 'vocab.json',
-                           'special_tokens_map.json', 'generation_config.json',
-                           'chat_template.jinja']
-    if name in OPENAI and not os.path.isdir(name):
+    folder, is_folder = name, os.path.isdir(name)
+    if name in OPENAI and not is_folder:
         return GPT2Tokenizer()
-    if not os.path.isdir(name) and not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
+    if not is_folder and not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
         raise UsageError(f'tokenizer {name!r} is not known: it must be char, gpt2, or a Hugging '
                          'Face folder or name, like HuggingFaceTB/SmolLM2-135M')
-    with user_errors((OSError, ValueError, ImportError), f'cannot read the tokenizer {name}',
-                     'connect, or choose another folder or name'):
-        if not os.path.isdir(name):
+    with user_errors((OSError, ValueError, TypeError, ImportError),
+                     f'cannot read the tokenizer {name}', 'connect, or choose another'):
+        if not is_folder:
             from huggingface_hub import snapshot_download
 
-            folder = snapshot_download(name, allow_patterns=files)
-        paths = [Path(folder, file) for file in files]
+            folder = snapshot_download(name, allow_patterns=FILES)
+        paths = [Path(folder, file) for file in FILES]
         texts = {path.name: path.read_text('utf-8') for path in paths if path.exists()}
-        config, settings, tokens, generation = parts = [
-            json.loads(texts.get(f'{file}.json', '{}')) for file in (
-                'config', 'tokenizer_config', 'special_tokens_map', 'generation_config')]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError('a .json file is no object')
+        config = dict(read_json(texts.pop('config.json', '{}')))
+        ends = {}  # where several files name the end of a text, the last of these counts
+        for file in ('generation_config.json', 'special_tokens_map.json', 'tokenizer_config.json'):
+            ends |= read_json(texts.get(file, '{}'))
+    if not texts.keys() & {'tokenizer.json', 'vocab.json'} and config.get('vocab_size') == 50257:
+        return GPT2Tokenizer()  # a folder of GPT-2's weights alone
     if 'tokenizer.json' not in texts:
-        if 'vocab.json' not in texts and config.get('vocab_size') == 50257:
-            return GPT2Tokenizer()  # a folder of GPT-2's weights alone
         raise UserError(f'{name} has no tokenizer.json: add the one that transformers saves')
-    text = texts.pop('tokenizer.json')
-    texts.pop('config.json', None)
-    bos, eos = (token['content'] if isinstance(token, dict) else token for token in (
-        settings.get(name) or tokens.get(name) for name in ('bos_token', 'eos_token')))
-    tokenizer = own_form(text)
-    if tokenizer is None:
-        tokenizer = HuggingFaceTokenizer(text, files=texts)
-        ids = generation.get('eos_token_id')
-        tokenizer.eot = (tokenizer.wrapped.token_to_id(eos) if isinstance(eos, str) else
-                         ids[0] if isinstance(ids, list) else ids)
-    template = texts.get('chat_template.jinja', settings.get('chat_template'))
-    if isinstance(template, str):  # a few have several, by name
-        begin = f'{{% set bos_token = {bos!r} %}}' if 'bos_token' in template and bos else ''
-        tokenizer.chat_template = begin + template
+    tokenizer = HuggingFaceTokenizer(texts.pop('tokenizer.json'), files=texts)
+    match ends:
+        case {'eos_token': str(token) | {'content': str(token)}}:
+            tokenizer.eot = tokenizer.wrapped.token_to_id(token)
+        case {'eos_token_id': [int(eot), *_] | int(eot)}:
+            tokenizer.eot = eot
+    tokenizer = own_form(tokenizer.json) or tokenizer
+    template = texts.get('chat_template.jinja', ends.get('chat_template'))
+    match ends:
+        case {'bos_token': str(token) | {'content': str(token)}} if 'bos_token' in (template or ''):
+            template = f'{{% set bos_token = {token!r} %}}{template}'
+    tokenizer.chat_template = template if isinstance(template, str) else None  # some have several
     return tokenizer
 
 
@@ -305,23 +297,24 @@ class TextStream:
         if self.done or token == self.eot:
             return self.finish()
         self.waiting.append(token)
-        # Some tokenizers drop a leading space, so decode together with the previous tokens.
-        new = self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
+        new = self.new_text()
         if new.endswith('\ufffd') and not self.are_whole:  # a part of a character
             return ''
         self.text, self.last, self.waiting = self.text + new, self.waiting, []
-        end = len(self.text) - len(self.stop) + 1  # what follows may begin the stop string
         if self.stop and self.stop in self.text[self.start :]:
-            end, self.done = self.text.index(self.stop, self.start), True
-            self.text = self.text[:end]
-        return self.show(max(end, self.start))
+            self.text = self.text[: self.text.index(self.stop, self.start)]
+            return self.finish()
+        # The last characters may begin the stop string.
+        return self.show(max(len(self.text) - len(self.stop) + 1, self.start))
 
     def finish(self):
         """End the text; return the rest of it."""
-        if not self.done:
-            self.done = True
-            self.text += self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
+        self.text, self.waiting, self.done = self.text + self.new_text(), [], True
         return self.show(len(self.text))
+
+    def new_text(self):
+        # Some tokenizers drop a leading space, so decode together with the previous tokens.
+        return self.decode(self.last + self.waiting).removeprefix(self.decode(self.last))
 
     def show(self, end):
         new = self.text[self.shown : end]

@@ -518,14 +518,14 @@ def in_terminal(*args, typed, end):
     pid, terminal = pty.fork()
     if not pid:
         os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'chat.py'), *args])
-    shown, prompts = '', 0
+    shown, prompts = b'', 0
     with open(terminal, 'r+b', buffering=0) as terminal, suppress(OSError):  # closed at the end
         while new := terminal.read(4096):
-            shown += new.decode()
-            if shown.count('> ') > prompts:
+            shown += new
+            if shown.count(b'> ') > prompts:
                 prompts += 1
                 terminal.write(typed.pop(0).encode() + b'\n' if typed else end)
-    return shown, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return shown.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize('end', [b'\x03', b'\x04'], ids=['Ctrl-C', 'Ctrl-D'])
@@ -533,9 +533,9 @@ def test_a_terminal(taught, end):
     shown, code = in_terminal('--out_dir=out', '--max_new_tokens=9', '--device=cpu', '--top_k=1',
                               typed=['What is 2 + 2?', 'What is ß?', '', 'What is 2 + 2?'],
                               end=end)
-    assert code == 0 and 'Traceback' not in shown and "'ß'" in shown and '␃' not in shown
+    assert code == 0 and 'Traceback' not in shown and "'ß'" in shown
     answers = re.findall(r'2 \+ 2\?\r\n(.*?)\r\n', shown)
-    assert len(answers) == 2 and answers[0] == answers[1]
+    assert len(answers) == 2 and answers[0] == answers[1] and '␃' not in answers[0]
 
 
 def test_the_oldest_exchanges_are_dropped_never_the_question(taught, monkeypatch, capsys):

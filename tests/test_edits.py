@@ -244,17 +244,16 @@ def test_a_setting_added_to_one_model_is_refused_by_the_others(tiny, source):
 
 
 @pytest.mark.parametrize('changes, words', [
-    ([('token_embedding + position_embedding)', 'token_embedding)'),
-      ("            'wpe': Embedding(config.block_size, config.n_embd),\n", ''),
-      ('        position_embedding = self.transformer.wpe(positions)  # (T, n_embd), the same for all B\n',
-       '')], 'no counterpart to transformer.wpe.weight'),
+    ([(' + self.transformer.wpe(positions)', ''),
+      ("            'wpe': Embedding(config.block_size, config.n_embd),\n", '')],
+     '"transformer.wpe.weight"'),
     ([('        self.mlp = MLP(config)\n', '        self.mlp = MLP(config)\n'
        '        self.scale = nn.Parameter(torch.ones(config.n_embd))\n')],
-     'no counterpart to transformer.h.0.scale, transformer.h.1.scale'),
+     '"transformer.h.0.scale", "transformer.h.1.scale"'),
     ([("self.c_fc = Linear(config.n_embd, 4 *", "self.c_fc = Linear(config.n_embd, 8 *"),
       ("self.c_proj = Linear(4 *", "self.c_proj = Linear(8 *")], 'transformer.h.0.mlp.c_fc.weight'),
     ([("    gelu: str = 'erf'  # 'erf'", "    mine: int = 0\n    gelu: str = 'erf'  # 'erf'")],
-     'no counterpart to mine'),
+     'has no setting mine'),
     ([("nn.GELU(approximate='tanh' if config.gelu == 'tanh' else 'none')", 'nn.ReLU()')],
      'computes something else'),
 ], ids=['no positions', 'another parameter', 'another width', 'another setting', 'ReLU'])

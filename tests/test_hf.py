@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -60,16 +61,29 @@ def test_logits_equal_transformers(theirs):
 
 @torch.no_grad()
 def test_openais_weights_by_their_name(theirs, monkeypatch):
-    """Here with a smaller model under the name."""
+    """Here of a smaller model under that name."""
     torch.manual_seed(0)
     small = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2))
     monkeypatch.setitem(model.MODEL_SIZES, 'gpt2', (2, 2, 32))
     monkeypatch.setattr(transformers.GPT2LMHeadModel, 'from_pretrained', lambda name: small.eval())
     idx = torch.randint(50257, (2, 32))
-    for ours in (GPT.from_pretrained('gpt2', dropout=0.1), read_pretrained('gpt2')):
-        ours.eval()
-        assert (ours(idx, idx)[0] - small(idx).logits).abs().max() < 1e-4
-        assert ours.config.block_size == 1024 and ours.config.vocab_size == 50257
+    ours = GPT.from_pretrained('gpt2', dropout=0.1).eval()
+    assert (ours(idx, idx)[0] - small(idx).logits).abs().max() < 1e-4
+    assert ours.config.block_size == 1024 and ours.config.vocab_size == 50257
+
+
+def test_a_name_is_read_from_the_downloaded_files(theirs, bpe, folder):
+    """Without a network, as if they had been downloaded before."""
+    cache = folder / 'home/hub/models--gpt2'
+    shutil.copytree('hf', cache / 'snapshots/1')
+    (cache / 'refs').mkdir()
+    (cache / 'refs/main').write_text('1')
+    by_folder, by_name = (script(
+        'sample.py', f'--init_from={name}', '--start=The', '--max_new_tokens=8', '--device=cpu',
+        '--temperature=0', '--num_samples=1',
+        env={'HF_HUB_OFFLINE': '1', 'HF_HOME': str(folder / 'home')}) for name in ('hf', 'gpt2'))
+    assert by_name.returncode == 0, by_name.stderr
+    assert by_name.stdout == by_folder.stdout and len(by_name.stdout) > 9
 
 
 @pytest.mark.parametrize('change', [
