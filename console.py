@@ -77,11 +77,11 @@ def run(main):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
         discard_output()
-        if error.errno == errno.ENOSPC:  # else the reader, for example `head`, has seen enough
-            code, message = 1, f'error: cannot print ({error.strerror}): free some space\n'
+        if error.errno != errno.EPIPE:  # that is a reader, for example `head`, that has seen enough
+            code, message = 1, f'error: cannot write ({error.strerror}): free some space\n'
     finally:
         if Progress.on_screen:  # what is printed next starts on a line of its own
             print(flush=True)

@@ -1,18 +1,17 @@
 """OpenWebText in GPT-2's byte pairs: 8,013,769 documents become data/openwebtext.
 
     python prepare_openwebtext.py                             # downloads 12 GB with curl
-    python prepare_openwebtext.py --input=openwebtext.tar.xz  # takes your copy
+    python prepare_openwebtext.py --input=openwebtext.tar.xz  # reads your copy
+    python prepare_openwebtext.py --input=FOLDER --dataset=fineweb_edu
 
-Gives about 9.04 B train and 4.4 M val tokens, 18 GB. The input is a file, or a folder, of the
-release's urlsf_subsetNN.tar, openwebtext.tar.xz or urlsf_subsetNN-M_data.xz, or of .parquet (needs
-pyarrow) with a column `text`. Nothing is unpacked to disk, no name in an archive is a path.
+Writes about 9.04 B train and 4.4 M val tokens, 18 GB. The input is a file or a folder of the
+release's .tar, .tar.xz or .xz, of .tar or .tar.xz with .txt files, or of .parquet with a column
+`text`, like FineWeb-Edu's (needs pyarrow). No name in an archive becomes a path on disk.
 
-In a document, runs of three or more line feeds become two, white space at its ends goes, and what
-is not UTF-8 becomes U+FFFD. Its ids are followed by 50256, the end of text. A hash of its text
-decides whether it is to validate on, so equal documents are on the same side.
-
-Killed, the same command goes on where it was seconds before. The output is the same to the byte
-for any --num_proc. meta.json has the sha256 of train.bin and val.bin joined.
+In each document, three or more line feeds in a row become two, white space at both ends is removed,
+and bytes that are not UTF-8 become U+FFFD. Its ids are followed by 50256, the end of text. A hash
+of its text decides its split, so equal documents are in the same one. The same command continues a
+killed run. The output is the same to the byte for any --num_proc.
 """
 
 import contextlib
@@ -23,9 +22,7 @@ import lzma
 import multiprocessing
 import os
 import re
-import shutil
 import signal
-import subprocess
 import tarfile
 import threading
 import time
@@ -34,22 +31,21 @@ from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 
 import console
 from configurator import override
 from console import UsageError, UserError, atomic_file, flush_to_disk, hms, user_errors
-from prepare_text import check_name, write_meta
+from prepare_text import check_name, download, write_meta
 from tokenizer import GPT2Tokenizer
 
 URL = 'https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/'
 SUBSETS = [f'urlsf_subset{i:02}.tar' for i in range(21)]
 DOCUMENTS = 8_013_769  # in all of them
-# From a given byte on, over HTTPS alone; a connection that is still for 30 s counts as broken.
-CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --continue-at'.split()
 SUFFIXES = ('.tar', '.xz', '.parquet')
-MAX_BYTES = 64 << 20  # of an xz archive or a document; the release's archives have 0.6 MB
+MAX_BYTES = 64 << 20  # of text in a task; an xz archive of the release has 2 MB
 SAVE_SECONDS = 5  # between two writes of progress.json
+TOKENIZER = GPT2Tokenizer()
+END = TOKENIZER.eot.to_bytes(2, 'little')
 
 
 @dataclass
@@ -57,28 +53,40 @@ class OpenWebTextConfig:
     dataset: str = 'openwebtext'  # files go to data/<dataset>
     input: str = ''  # a file or folder to use instead of downloading
     num_proc: int = 0  # workers, each takes 80 MB; 0: one for each core, at most 8
-    val_fraction: float = 0.0005  # share of the documents to validate on
+    val_fraction: float = 0.0005  # fraction of the documents to validate on
 
 
-@contextlib.contextmanager
 def reading(name):
-    """Inside, whatever can't be read is a UserError that names the archive."""
-    try:
-        yield
-    except (lzma.LZMAError, tarfile.TarError, EOFError, OSError, ValueError, LookupError,
-            NotImplementedError) as why:  # the last is pyarrow's, for columns of numbers
-        raise UserError(f'{name!r} is damaged ({" ".join(str(why).split())}): put a whole one '
-                        'there, or delete it if it was downloaded, and run this again') from None
+    """Context manager: report a file that cannot be read as a UserError."""
+    kinds = (lzma.LZMAError, tarfile.TarError, EOFError, OSError, ValueError, RuntimeError)
+    return user_errors(kinds, f'{name!r} is damaged or unsupported', 'replace or delete it')
 
 
-def members(file, suffix):
-    """(name, content) of the files in a tar whose names end in `suffix`, read as a stream."""
+def bounded(content):
+    """Return `content`. Raises ValueError if it takes too much memory."""
+    if len(content) > MAX_BYTES:
+        raise ValueError(f'more than {MAX_BYTES:,} bytes in memory at once: split it')
+    return content
+
+
+class BoundedReader(io.BufferedReader):
+    """A file from which tarfile cannot fill the memory, for example with a name of 3 GB."""
+
+    def read(self, size):
+        return bounded(super().read(size if 0 <= size <= MAX_BYTES else MAX_BYTES + 1))
+
+
+def members(file, name, suffixes):
+    """(label, [content]) of the files in a tar that have these suffixes, read as a stream."""
     with tarfile.open(fileobj=file, mode='r:') as tar:
         for member in tar:
-            if member.isreg() and member.name.endswith(suffix):
-                if member.size > MAX_BYTES:
-                    raise ValueError(f'{member.name!r} is too large')
-                yield member.name, tar.fileobj.read(member.size)  # extractfile takes longer
+            tar.members.clear()  # tarfile would keep all headers
+            wanted = member.name.endswith(suffixes) and not member.isdir()
+            if member.size < 0 or wanted and (member.issparse() or not member.isreg()):
+                raise UserError(f'{member.name!r} in {name!r} is a link, sparse, or broken: pack '
+                                'it again with tar -h --hard-dereference, without --sparse')
+            if wanted:  # extractfile is slower
+                yield f'{name}/{member.name}', [tar.fileobj.read(member.size)]
         # tarfile takes a broken header for the end, but the end has zeros. With them we also reach
         # the end of an xz file, where its check sums are.
         end = tar.fileobj.read(1 << 20)
@@ -87,48 +95,46 @@ def members(file, suffix):
 
 
 def tasks_in(path):
-    """(name, task, share of the file that has been read): always the same for the same file.
+    """(label, task, check sum so far, fraction of the file): always the same for the same file.
 
-    A task is an xz archive, for the worker to unpack, or a list of documents.
+    A task is a list of documents, or of one xz archive, which the worker unpacks.
     """
-    name, size = os.path.basename(path), os.path.getsize(path) or 1
-    with open(path, 'rb') as file, reading(name):
-        if path.endswith('.parquet'):
-            with user_errors(ImportError, 'pyarrow is missing', 'pip install pyarrow'):
-                import pyarrow.parquet
+    name, size, check_sum = os.path.basename(path), os.path.getsize(path) or 1, 0
+    with reading(name), open(path, 'rb') as file:
+        if name.endswith('.parquet'):
+            console.optional('pyarrow', '18.0')
+            import pyarrow.parquet
 
             # A row group may have gigabytes: with these options it is read a part at a time.
             table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            if table.schema_arrow.names.count('text') != 1:
+                raise UserError(f'{name!r} needs one column `text`: give its texts this name')
             tasks = ((name, rows['text'].drop_null().cast('binary').to_pylist())
-                     for rows in table.iter_batches(500, columns=['text']))
-        elif path.endswith(('.tar', '.tar.xz')):
-            tar = lzma.open(file) if path.endswith('.xz') else file
-            tasks = ((f'{name}/{inner}', archive) for inner, archive in members(tar, '.xz'))
+                     for rows in table.iter_batches(64, columns=['text']))
+        elif name.endswith(('.tar', '.tar.xz')):
+            tar = BoundedReader(lzma.open(file) if name.endswith('.xz') else file)
+            tasks = members(tar, name, ('.xz', '.txt'))
         else:
-            tasks = [(name, file.read(MAX_BYTES))]
-        for inner, task in tasks:
-            yield inner, task, file.tell() / size
+            tasks = [(name, [file.read(MAX_BYTES + 1)])]
+        for label, task in tasks:
+            check_sum = zlib.crc32(bounded(b'\0'.join([*task, b''])), check_sum)
+            yield label, task, check_sum, file.tell() / size
 
 
-TOKENIZER = GPT2Tokenizer()
-END = TOKENIZER.eot.to_bytes(2, 'little')
-
-
-def tokenize(name, task, val_fraction):
+def tokenize(label, task, val_fraction):
     """The ids of a task's documents, as bytes by split, and figures about them."""
-    ids, figures = {'train': [], 'val': []}, Counter()
-    with reading(name):
-        if isinstance(task, bytes):
-            task = [document for _, document in members(lzma.open(io.BytesIO(task)), '.txt')]
-        for document in task:
-            text = document.decode(errors='replace')
-            figures['documents'] += 1
-            figures['bytes'] += len(document)
-            figures['repaired'] += '\ufffd' in text and text.encode() != document
-            text = re.sub('\n\n\n+', '\n\n', text).strip()
-            tokens = [TOKENIZER.encode(text), END]  # text keeps its UTF-8 from now on
-            draw = zlib.crc32(text.encode()) / 2**32
-            ids['val' if draw < val_fraction else 'train'] += tokens
+    ids = {'train': [], 'val': []}
+    if label.endswith('.xz'):
+        with reading(label):
+            tar = bounded(lzma.open(io.BytesIO(task[0])).read(MAX_BYTES + 1))
+            task = [document for _, (document,) in members(io.BytesIO(tar), label, '.txt')]
+    figures = Counter(documents=len(task), bytes=sum(map(len, task)))
+    for document in task:
+        text = document.decode(errors='replace')
+        figures['repaired'] += '\ufffd' in text and text.encode() != document
+        text = re.sub('\n\n\n+', '\n\n', text).strip()
+        draw = zlib.crc32(text.encode()) / 2**32
+        ids['val' if draw < val_fraction else 'train'] += [TOKENIZER.encode(text), END]
     return {split: b''.join(arrays) for split, arrays in ids.items()}, figures
 
 
@@ -140,101 +146,76 @@ def start_worker():
 
 
 class Output:
-    """train.bin.part, val.bin.part, and progress.json, which says what is in them.
+    """train.bin.part, val.bin.part, and progress.json, which records how far they are complete.
 
-    `done` counts tokens, documents and more, and says how far the input is done: whole files,
-    tasks of the next file, the share of it all. What a killed run wrote after that is cut off.
+    `done` counts tokens, documents and more, and contains the position in the input: the index of
+    the current file, a check sum of its tasks so far, and the fraction of the whole input.
     """
 
     def __init__(self, cfg, folder, inputs):
-        self.begun_with = {'val_fraction': cfg.val_fraction, 'files': inputs}
+        self.settings = {'val_fraction': cfg.val_fraction, 'inputs': inputs}
         self.downloads = [] if cfg.input else inputs
         self.folder, self.path = folder, os.path.join(folder, 'progress.json')
         self.done, self.files, self.saved = Counter(), {}, time.monotonic()
         if os.path.exists(self.path):
-            with open(self.path, encoding='utf-8') as file, reading(self.path):
-                before, done = json.load(file)
-            if before != self.begun_with:
-                raise UserError(f'{self.path} was begun with {shorten(str(before), 150)}, which '
-                                'is not the same now: put that back, or delete it to begin anew')
+            with reading(self.path), open(self.path, encoding='utf-8') as file:
+                settings, done = json.load(file)
+            if settings != self.settings:
+                raise UserError(f'{self.path} was begun with {str(settings)[:150]}, which is not '
+                                'the same now: restore that, or delete the file to restart')
             self.done.update(done)
         for split in ('val', 'train'):
-            final, size = os.path.join(folder, f'{split}.bin'), 2 * self.done[split]
-            path = f'{final}.part'
-            if size and os.path.exists(final) and not os.path.exists(path):
-                os.replace(final, path)  # a run was killed while it gave the files their names
-            file = self.files[split] = open(path, 'a+b')
+            final, part = Path(folder, f'{split}.bin'), Path(folder, f'{split}.bin.part')
+            if self.done['files'] == len(inputs) and final.exists() and not part.exists():
+                os.replace(final, part)  # a run was killed while it gave the files their names
+            file, size = open(part, 'a+b'), 2 * self.done[split]
             if file.tell() < size:
-                raise UserError(f'{path} is shorter than {self.path} says: delete both to restart')
-            file.truncate(size)
+                raise UserError(f'{part} is shorter than {self.path} says: delete both to restart')
+            file.truncate(size)  # cut off what a killed run wrote after its last save
+            self.files[split] = file
 
-    def add(self, ids, figures, place):
-        """Write a task's ids, and note its place in the input."""
-        with user_errors(OSError, f'cannot write into {self.folder}',
-                         'free some space, then type the same command again'):
-            for split, file in self.files.items():
-                file.write(ids[split])
-        for split in self.files:
+    def add(self, ids, figures, position):
+        """Write a task's ids, and record the position after it."""
+        for split, file in self.files.items():
+            file.write(ids[split])
             self.done[split] += len(ids[split]) // 2
         self.done.update(figures)
-        self.done['files'], self.done['tasks'], self.done['share'] = place
+        self.done['files'], self.done['check_sum'], self.done['fraction'] = position
         if time.monotonic() - self.saved >= SAVE_SECONDS:
             self.save()
 
     def save(self):
-        """Write progress.json, once what it speaks of is on disk."""
-        with user_errors(OSError, f'cannot write into {self.folder}',
-                         'free some space, then type the same command again'):
-            for file in self.files.values():
-                flush_to_disk(file)
+        """Write progress.json, once all that it counts is on disk."""
+        for file in self.files.values():
+            flush_to_disk(file)
         with atomic_file(self.path) as file:
-            file.write(json.dumps([self.begun_with, self.done]).encode())
+            file.write(json.dumps([self.settings, self.done]).encode())
         self.saved = time.monotonic()
         for path in self.downloads[: self.done['files']]:  # no longer needed
-            if os.path.exists(path):
-                os.remove(path)
+            Path(path).unlink(missing_ok=True)
 
     def publish(self, source):
         """Give the files their names, train.bin last."""
-        self.done['files'] += 1  # the last one
         self.save()
-        digest = hashlib.sha256()
+        digest, tokens = hashlib.sha256(), {}
         for split in ('train', 'val'):
             self.files[split].seek(0)
             hashlib.file_digest(self.files[split], lambda: digest)
-        tokens = {split: self.done[split] for split in ('train', 'val')}
+            tokens[split] = self.done[split]
         write_meta(self.folder, TOKENIZER, source, digest.hexdigest(), tokens)
+        self.done['files'] = len(self.settings['inputs'])  # any .bin file is ours from here on
+        self.save()
         for file in self.files.values():
             file.close()
-            os.replace(file.name, file.name.removesuffix('.part'))
+            os.replace(file.name, Path(file.name).with_suffix(''))
         os.remove(self.path)
 
     def close(self):
-        """Close the files, and remove them if there is nothing to go on from."""
+        """Close the files, and remove them if there is nothing to continue from."""
         for file in self.files.values():
-            with contextlib.suppress(OSError):  # a full disk, which was said already
-                file.close()
-            if not os.path.exists(self.path) and os.path.exists(file.name):
-                os.remove(file.name)
-
-
-def download(path, progress):
-    """Get a subset; path.part, which a broken connection or a kill has left, is gone on with."""
-    url = URL + os.path.basename(path)
-    if not shutil.which(CURL[0]):
-        raise UserError(f'curl fetches {url}: install it, or give a copy with --input=FOLDER')
-    for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
-        time.sleep(wait)
-        progress.print_line(f'fetching {url}')
-        with open(f'{path}.part', 'ab') as file:
-            start = file.truncate(max(0, file.tell() - 1))  # to ask for no byte is an error
-            # Through a pipe, which breaks if we are killed: so curl never outlives us.
-            with subprocess.Popen([*CURL, str(start), url], stdout=subprocess.PIPE) as curl:
-                shutil.copyfileobj(curl.stdout, file, 1 << 20)
-        if curl.returncode == 0:
-            return os.replace(f'{path}.part', path)
-    raise UserError(f'cannot fetch {url} (exit code {curl.returncode} of curl): the same command '
-                    'goes on from here, or give a copy with --input=FOLDER')
+            file.close()
+            if not os.path.exists(self.path):
+                Path(file.name).unlink(missing_ok=True)
 
 
 def files_in(path):
@@ -244,66 +225,60 @@ def files_in(path):
 
 
 def results(cfg, pool, ahead, inputs, start, progress):
-    """(future of `tokenize`, (files, tasks, share) done with it) for all tasks after `start`."""
+    """(future of `tokenize`, the position after it) for all tasks that come after `start`."""
     pending = deque()
     for i in range(start['files'], len(inputs)):
         if not cfg.input and not os.path.exists(inputs[i]):
-            download(inputs[i], progress)
-        for count, (name, task, share) in enumerate(tasks_in(inputs[i]), 1):
-            if (i, count) > (start['files'], start['tasks']):
-                place = i, count, (i + share) / len(inputs)
-                pending.append((pool.submit(tokenize, name, task, cfg.val_fraction), place))
+            download(URL + os.path.basename(inputs[i]), inputs[i], progress.print_line)
+        tasks, done = tasks_in(inputs[i]), start['check_sum'] if i == start['files'] else 0
+        if done and all(check_sum != done for _, _, check_sum, _ in tasks):  # skips what is done
+            raise UserError(f'{inputs[i]} is no longer the file that was begun: restore it, or '
+                            f'delete data/{cfg.dataset}/progress.json to restart')
+        for label, task, check_sum, fraction in tasks:
+            position = i, check_sum, (i + fraction) / len(inputs)
+            pending.append((pool.submit(tokenize, label, task, cfg.val_fraction), position))
             if len(pending) > ahead:
                 yield pending.popleft()
     yield from pending
 
 
-def prepare(cfg):
-    """Write the dataset. Raises UserError."""
+def main(argv):
+    cfg = override(OpenWebTextConfig(), argv, usage=__doc__)
+    check_name(cfg.dataset)
+    if not 0 < cfg.val_fraction < 1 or cfg.num_proc < 0:
+        raise UsageError(f'val_fraction={cfg.val_fraction} must be above 0 and below 1, and '
+                         f'num_proc={cfg.num_proc} 0, for all cores, or more')
     folder, source = os.path.join('data', cfg.dataset), cfg.input or URL
     inputs = files_in(cfg.input) if cfg.input else [os.path.join(folder, n) for n in SUBSETS]
     if not inputs:
-        raise UsageError(f'input={cfg.input} is missing or has no {", ".join(SUFFIXES)} file: '
-                         'name the archives that you have, or their folder')
+        raise UsageError(f'input={cfg.input} is missing or has no file of {SUFFIXES}: name one')
     progress, workers = console.Progress(), cfg.num_proc or min(8, os.cpu_count() or 1)
     with (
+        user_errors(BrokenExecutor, 'a worker was killed', 'a lower --num_proc needs less memory'),
         console.locked(folder),
         contextlib.closing(Output(cfg, folder, inputs)) as output,
         ProcessPoolExecutor(workers, initializer=start_worker) as pool,
     ):
         done, start, began = output.done, output.done.copy(), time.monotonic()
         if start['documents']:
-            progress.print_line(f'going on after {start["documents"]:,} documents that are done')
-        try:
-            TOKENIZER.bpe  # workers that are forked share it
-            for future, place in results(cfg, pool, 4 * workers, inputs, start, progress):
-                output.add(*future.result(), place)
-                share, seconds = done['share'], time.monotonic() - began
-                left = hms(seconds * (1 - share) / max(1e-9, share - start['share']))
-                speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
-                progress.show_progress(share, f'{share:.1%}, {speed:.1f} MB/s, {left} left, '
-                                     f'{done["documents"]:,} documents')
-        except BrokenExecutor:
-            raise UserError('a worker was killed, perhaps for lack of memory: the same command '
-                            'goes on; a lower --num_proc takes less') from None
-        if not done['documents']:
-            raise UserError(f'{source} has no documents: put some in')
+            progress.print_line(f'continuing after {start["documents"]:,} documents')
+        TOKENIZER.bpe  # workers that are forked share it
+        for future, position in results(cfg, pool, 4 * workers, inputs, start, progress):
+            output.add(*future.result(), position)
+            fraction, seconds = done['fraction'], time.monotonic() - began
+            left = hms(seconds * (1 - fraction) / max(1e-9, fraction - start['fraction']))
+            speed = (done['bytes'] - start['bytes']) / 1e6 / seconds
+            progress.show_progress(fraction, f'{fraction:.1%}, {speed:.1f} MB/s, {left} left, '
+                                             f'{done["documents"]:,} documents')
+        if min(done['train'], done['val']) < 2:
+            raise UserError(f'{source} gives only {done["train"]} train, {done["val"]} val tokens: '
+                            f'add tars of .txt, or change --val_fraction={cfg.val_fraction}')
         output.publish(source)
-    progress.print_line(
-        f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from {source}: '
-        f'{done["documents"]:,} documents ({done["repaired"]:,} repaired)')
+    progress.print_line(f'{folder}: {done["train"]:,} train, {done["val"]:,} val tokens, from '
+                        f'{source}: {done["documents"]:,} documents, {done["repaired"]:,} repaired')
     if not cfg.input and done['documents'] != DOCUMENTS:
         raise UserError(f'{folder} has {done["documents"]:,} documents instead of {DOCUMENTS:,}: '
                         f'find out what changed at {URL} before you train on it')
-
-
-def main(argv):
-    cfg = override(OpenWebTextConfig(), argv, usage=__doc__)
-    check_name(cfg.dataset)
-    if not 0 <= cfg.val_fraction < 1 or cfg.num_proc < 0:
-        raise UsageError(f'val_fraction={cfg.val_fraction} must be 0 or more and below 1, and '
-                         f'num_proc={cfg.num_proc} 0, for all cores, or more')
-    prepare(cfg)
 
 
 if __name__ == '__main__':

@@ -17,8 +17,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ FORMATS = {
     rb'^\x89PNG': 'PNG', rb'^\xff\xfe\0\0|^\0\0\xfe\xff|(\0\0\0[^\0]){8}': 'UTF-32',
     rb'^\xff\xfe|^\xfe\xff|(\0[^\0]){8}': 'UTF-16',
 }
+
+# From a given byte on, over HTTPS only; a connection that is silent for 30 s counts as broken.
+CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --continue-at'.split()
 
 
 @dataclass
@@ -109,7 +114,7 @@ def read_meta(folder):
 def write_meta(folder, tokenizer, source, sha256, tokens):
     """Write meta.json for the .bin files that come next; returns its contents.
 
-    The old train.bin, test.bin and masks are removed: a half-written dataset counts as missing.
+    The old .bin files and masks are removed: a half-written dataset counts as missing.
     tokens: how many each split has, by its name.
     """
     meta = dict(tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, source=source,
@@ -117,7 +122,7 @@ def write_meta(folder, tokenizer, source, sha256, tokens):
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # a full disk must show before the old files are removed
-        for old in ('train.bin', 'test.bin', 'train.mask', 'val.mask', 'test.mask'):
+        for old in ('train.bin', 'val.bin', 'test.bin', 'train.mask', 'val.mask', 'test.mask'):
             Path(folder, old).unlink(missing_ok=True)
     return meta
 
@@ -216,6 +221,24 @@ def fetch(dataset, url, looks_right):
         with atomic_file(path) as file:
             file.write(data)
     return path
+
+
+def download(url, path, print_line):
+    """Get a large file; continues `path`.part if a broken connection or a kill has left one."""
+    if not shutil.which(CURL[0]):
+        raise UserError(f'curl fetches {url}: install it, or give a copy with --input=FOLDER')
+    for wait in (0, 1, 2, 4, 8, 16, 32, 64):  # seconds before each try
+        time.sleep(wait)
+        print_line(f'fetching {url}')
+        with open(f'{path}.part', 'ab') as file:
+            start = file.truncate(max(0, file.tell() - 1))  # to ask for no byte is an error
+            # Through a pipe, which breaks if we are killed: so curl never outlives us.
+            with subprocess.Popen([*CURL, str(start), url], stdout=subprocess.PIPE) as curl:
+                shutil.copyfileobj(curl.stdout, file, 1 << 20)
+        if curl.returncode == 0:
+            return os.replace(f'{path}.part', path)
+    raise UserError(f'cannot fetch {url} (exit code {curl.returncode} of curl): the same command '
+                    'continues from here, or give a copy with --input=FOLDER')
 
 
 # Commands that make these datasets if they are missing.

@@ -133,8 +133,8 @@ def run_script(corpus, folder, num_proc):
     peak, before = {}, resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, f'--input={corpus}', '--dataset=bench', f'--num_proc={num_proc}'],
-        cwd=folder, stdout=subprocess.DEVNULL,
+        [sys.executable, SCRIPT, f'--input={corpus}', '--dataset=bench', f'--num_proc={num_proc}',
+         '--val_fraction=0.1'], cwd=folder, stdout=subprocess.DEVNULL,
     )
     threading.Thread(target=watch_memory, args=(process.pid, peak), daemon=True).start()
     if process.wait():
@@ -151,7 +151,8 @@ def main(argv):
     with tempfile.TemporaryDirectory(prefix='bench-openwebtext-') as folder:
         corpus, short = (os.path.join(folder, name) for name in ('corpus.tar', 'short.tar'))
         total = make_corpus(corpus, make_documents(paths, cfg.megabytes))
-        make_corpus(short, [b'short'] * 50 * processes, 1)  # so that each worker gets some
+        # Some documents for each worker.
+        make_corpus(short, [b'%d' % i for i in range(50 * processes)], 1)
         print(f'{total:,.0f} MB of text, {os.path.getsize(corpus) / 1e6:,.0f} MB packed')
         texts = [document.decode() for document in make_documents(paths, min(20, cfg.megabytes))]
         ratios = []

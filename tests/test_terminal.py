@@ -208,7 +208,7 @@ import console
 console.run(lambda argv: open('/dev/full', 'w').write('x' * 100_000))
 """)
     result = script(folder / 'fails.py')
-    assert result.returncode == 1 and result.stderr.startswith('error: cannot print (No space left')
+    assert result.returncode == 1 and result.stderr.startswith('error: cannot write (No space left')
     assert result.stderr.count('\n') == 1
 
 
