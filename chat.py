@@ -144,7 +144,7 @@ def chat(cfg):
     if not tokenizer.chat_template or tokenizer.eot is None:
         raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
                         'what prepare_chat.py made')
-    amp = prepare_for_sampling(model, device, dtype, cfg.quantize)
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, exact=cfg.dtype != 'auto')
     generator = torch.Generator(device).manual_seed(cfg.seed)
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""Weights in 8 bits, or packed for a CPU's bf16 products, to sample with.
+"""Weights in 8 bits, or in other forms that a CPU reads faster, to sample with.
 
     python sample.py --out_dir=out-wizard-char --quantize=int8
 
@@ -60,6 +60,24 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
 
+class FewTokensInBf16(nn.Module):
+    """nn.Linear in float32, with a copy of its weight in bf16 for up to 4 tokens.
+
+    So few tokens take as long as reading the weight does, on a CPU without bf16 products too.
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.few = weight.detach().bfloat16(), bias if bias is None else bias.detach().bfloat16()
+
+    def forward(self, x):
+        """(..., in) to (..., out), in the dtype of x."""
+        if x.numel() <= 4 * x.size(-1):
+            return F.linear(x.bfloat16(), *self.few).to(x.dtype)
+        return F.linear(x, self.weight, self.bias)
+
+
 def replace_layers(model, kinds, make):
     """Put `make(weight, bias)` in the place of every layer of these kinds; one for each weight."""
     made = {}
@@ -76,10 +94,11 @@ def quantize_int8(model):
     return replace_layers(model, (nn.Linear, nn.Embedding), Int8)
 
 
-def prepare_for_sampling(model, device, dtype, quantize='', compiled=False):
+def prepare_for_sampling(model, device, dtype, quantize='', compiled=False, exact=False):
     """Bring a model, in place, into its fastest form to sample; returns the context to call it in.
 
     Linear layers have their weights in `dtype`; everything else stays in float32, as in training.
+    exact: float32 is not replaced by bf16 where that is faster.
     """
     model.to(device).eval()
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -90,6 +109,9 @@ def prepare_for_sampling(model, device, dtype, quantize='', compiled=False):
     if device.type == 'cpu' and dtype == torch.bfloat16 and not compiled and (
             hasattr(onednn, '_linear_pointwise') and onednn._is_mkldnn_bf16_supported()):
         replace_layers(model, nn.Linear, PackedLinear)
+        return nullcontext()
+    if device.type == 'cpu' and dtype == torch.float32 and not (compiled or exact):
+        replace_layers(model, nn.Linear, FewTokensInBf16)
         return nullcontext()
     for layer in model.modules():
         if isinstance(layer, nn.Linear):

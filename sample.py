@@ -73,7 +73,8 @@ def print_samples(cfg, prompt):
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile)
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile,
+                               exact=cfg.dtype != 'auto')
     if cfg.compile:
         model.compile(dynamic=True)
     ids = prompt_ids(tokenizer, prompt)

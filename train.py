@@ -341,8 +341,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                       progress=progress)
     if cfg.eval_only:
         for name, loss in measure(raw, data.splits).items():
-            progress.print_line(f'{name}: loss {loss:.4f}, {loss / math.log(2):.4f} bits per token, '
-                                f'perplexity {math.inf if loss > 700 else math.exp(loss):.5g}')
+            progress.print_line(f'{name}: loss {loss:.4f}, {loss / math.log(2):.4f} bits per token'
+                                f', perplexity {math.inf if loss > 700 else math.exp(loss):.5g}')
         return None
     measure_best_again(run, raw, cfg, data, measure, progress)
     splits = {name: data.splits[name] for name in ('val', 'train')}

@@ -125,6 +125,32 @@ def test_packed_matrices_give_the_same_logits(T, nonlinearity):
     assert (plain - fast).norm() < 0.01 * plain.norm()
 
 
+@torch.no_grad()
+def test_without_bf16_few_tokens_read_bf16_and_many_are_exact():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=64))
+    model.transformer.h[0].mlp.c_fc.bias.data.normal_()
+    fast, exact = copy.deepcopy(model), copy.deepcopy(model)
+    prepare_for_sampling(fast, torch.device('cpu'), torch.float32)
+    prepare_for_sampling(exact, torch.device('cpu'), torch.float32, exact=True)
+    for shape in ((1, 1), (1, 4), (2, 2), (1, 5), (5, 1)):
+        idx = torch.randint(65, shape)
+        plain, logits = model(idx, idx)[0], fast(idx, idx)[0]
+        assert torch.equal(plain, logits) == (idx.numel() > 4)
+        assert (plain - logits).norm() < 0.01 * plain.norm() and logits.dtype == torch.float32
+        assert torch.equal(plain, exact(idx, idx)[0])
+
+
+def test_the_flag_dtype_decides(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr('sample.stream', lambda model, *args: seen.append(model) or [])
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)  # as without bf16
+    for flags in ([], ['--dtype=float32']):
+        sample.main(['--device=cpu', *flags])
+    kinds = [{type(module).__name__ for module in model.modules()} for model in seen]
+    assert 'FewTokensInBf16' in kinds[0] and 'FewTokensInBf16' not in kinds[1]
+
+
 def test_a_prompt_that_is_no_utf8(trained):
     (trained / 'p.txt').write_bytes(b'abc\xff')
     with pytest.raises(UserError, match='^cannot read p.txt: 1 of its bytes are not UTF-8, the first at position 3'):
