@@ -16,7 +16,7 @@ import torch
 
 import runtime
 from console import (
-    Progress, UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
+    UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
 )
 from llama import MODELS, class_and_config
 from model import Bigram
@@ -56,9 +56,8 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
             torch.save(state, file)
             if is_first:
                 flush_to_disk(file)  # a full disk must show before anything is moved
-                if log.is_new and move_previous_run(cfg.out_dir):
-                    Progress().print_line(f'the previous run in {cfg.out_dir} is now in '
-                                          f'{cfg.out_dir}/previous')
+                if log.is_new:
+                    move_previous_run(cfg.out_dir)
                 log.open()
     for name, content, is_due in ('best.pt', best, improved), (f'ckpt-{it}.pt', state, is_kept):
         if ranks.is_main and is_due:
