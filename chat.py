@@ -23,7 +23,7 @@ import console
 import runtime
 from checkpoint import load_model
 from configurator import check, override
-from console import UsageError, UserError
+from console import UsageError, UserError, user_errors
 from model import sample_from, stream
 from quantize import prepare_for_sampling
 from tokenizer import TextStream
@@ -87,12 +87,10 @@ def encode_chat(tokenizer, messages):
         raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
 
     def render(messages, header):
-        try:
+        with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
+                         f'{str(messages)[:80]}', 'change the roles or their order'):
             return compiled(tokenizer.chat_template)(
                 messages=messages, add_generation_prompt=header, eos_token=end)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f'the chat template refuses {str(messages)[:80]} ({error}): change '
-                            'the roles or their order') from None
 
     text = render(messages, messages[-1]['role'] != 'assistant')
     ids = np.array(tokenizer.encode_special(text), int)
@@ -136,9 +134,8 @@ def questions(in_terminal):
 def chat(cfg):
     """Answer each line of standard input, until it ends."""
     device, dtype = runtime.device_and_dtype(cfg)
-    resume = cfg.init_from == 'resume'
-    path = cfg.out_dir if resume else cfg.init_from
-    model, tokenizer = load_model(path, hub=not resume)
+    path = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
+    model, tokenizer = load_model(path, hub=cfg.init_from != 'resume')
     if not tokenizer.chat_template or tokenizer.eot is None:
         raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
                         'what prepare_chat.py made')

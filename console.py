@@ -115,8 +115,9 @@ def atomic_file(path):
     """
     temporary, folder = f'{path}.{secrets.token_hex(4)}.tmp', os.path.dirname(path) or '.'
     try:
-        with user_errors((OSError, RuntimeError), f'cannot write {path}',  # Runtime: torch.save's
-                         'free space or choose another folder; the file from before is untouched'):
+        # RuntimeError: torch.save's, on a full disk
+        with user_errors((OSError, RuntimeError), f'cannot write {path}', 'free some space or '
+                         'choose another folder; the file from before is untouched'):
             os.makedirs(folder, exist_ok=True)
             with open(temporary, 'xb') as file:
                 yield file
@@ -156,8 +157,8 @@ def locked(folder, wait=False):
     finally:
         if handle is not None:
             os.close(handle)
-        with contextlib.suppress(OSError):  # it is not empty
-            if is_new:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(folder)
 
 
@@ -206,7 +207,7 @@ class Log:
     def __init__(self, cfg, run, enabled=True):
         self.path, self.rows, self.columns = os.path.join(cfg.out_dir, 'log.csv'), [], None
         self.enabled, self.is_new = enabled, cfg.init_from != 'resume'
-        self.wandb, self.last = None, None  # last: the iteration of the last row
+        self.wandb, self.last = None, None  # `last`: the iteration of the last row
         start, _, checkpoint = cfg.init_from.partition(':')
         former = os.path.join(os.path.dirname(checkpoint or self.path), 'log.csv')
         if enabled and start == 'resume' and os.path.exists(former):
@@ -269,8 +270,7 @@ class Log:
 def stop_signals(enabled, announce):
     """Context manager: Ctrl-C and the signals that end jobs only set `received` to their number.
 
-    So a run can save before it ends. A second Ctrl-C exits at once. announce: whether to print
-    that a signal was received.
+    So a run can save before it ends. A second Ctrl-C exits at once. announce: print the first one.
     """
     stop = SimpleNamespace(received=0)
 

@@ -18,6 +18,7 @@ hash, so that the order in the files doesn't matter; the last ones become the te
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,9 @@ def messages_of(item):
             item = {'messages': [{'role': 'user', 'content': '\n\n'.join(asked)},
                                  {'role': 'assistant', 'content': item[answer]}]}
     messages = [{'role': m['role'], 'content': m['content'].strip()} for m in item['messages']]
-    roles = [message['role'] for message in messages]
-    turns = roles[roles[:1] == ['system'] :]
-    if not turns or turns != ['user', 'assistant'] * (len(turns) // 2):
-        raise ValueError(f'user and assistant must take turns, in {roles}')
+    roles = ' '.join(message['role'] for message in messages)
+    if not re.fullmatch('(system )?user assistant( user assistant)*', roles):
+        raise ValueError(f'user and assistant must take turns, not "{roles}"')
     return messages
 
 

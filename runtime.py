@@ -109,7 +109,7 @@ def flops_per_token(model, block_size):
 
 
 def peak_speed(model, cfg, ranks, device, dtype):
-    """Tokens/s if every operation of the devices' peak were used, or 0 if it is not known."""
+    """Tokens/s at the devices' peak, or 0 if that is not known. MFU is the fraction in use."""
     tflops = cfg.peak_tflops
     if not tflops and device.type == 'cuda' and dtype != torch.float32:
         tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0)
@@ -123,9 +123,9 @@ JOIN_TIMEOUT = timedelta(minutes=30)  # for all processes to start, and to answe
 
 
 class Ranks:
-    """This process's rank, from torchrun's environment variables; alone, rank 0 of 1.
+    """This process's rank, and local_rank on its machine, from torchrun's variables; alone, 0 of 1.
 
-    local_rank is the one on its machine. Raises UserError for half an environment.
+    Raises UserError if a variable is missing or wrong.
     """
 
     def __init__(self):
@@ -145,7 +145,7 @@ class Ranks:
         if self.world_size == 1:
             yield
             return
-        if backend in ('auto', 'nccl'):  # gloo besides, for tensors that never leave the CPU
+        if backend in ('auto', 'nccl'):  # gloo is for tensors on the CPU
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         with user_errors((dist.DistError, RuntimeError, ValueError, OSError),
                          f'not all {self.world_size} processes came to MASTER_ADDR='
@@ -307,7 +307,7 @@ def load_weights(model, weights):
 
 
 def gather_weights(model):
-    """A model's state dict; of a sharded one, whole weights on rank 0's CPU, {} elsewhere."""
+    """A model's state dict; of a sharded one, whole on rank 0's CPU, and {} on other ranks."""
     if not is_sharded(model):
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -325,9 +325,9 @@ def gather(value):
     if not hasattr(value, 'full_tensor'):
         return value
     value = value.full_tensor()
-    if not value.dim():
-        return value  # on its device, as the other numbers of an update are
-    return value.cpu() if dist.get_rank() == 0 else None
+    if value.dim():
+        return value.cpu() if dist.get_rank() == 0 else None
+    return value  # on its device, like the other numbers of an update
 
 
 def shard_like(tensor, p):
@@ -361,7 +361,7 @@ def fitting_state(optimizer, saved):
             raise ValueError('a weight has no count of steps')
         for name, value in values.items():
             if getattr(value, 'shape', None) == p.shape:
-                state[number][name] = shard_like(value.contiguous(), p)  # as fused ones need it
+                state[number][name] = shard_like(value.contiguous(), p)  # for fused optimizers
             elif name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer'):
                 raise ValueError(f'{name} does not have the shape of its weight, {p.shape}')
     return {'state': state, 'param_groups': groups}
