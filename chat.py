@@ -6,9 +6,8 @@
 
 An empty line begins a new conversation; Ctrl-C or Ctrl-D ends the program.
 
-A conversation becomes one text by the tokenizer's chat template, which is Jinja as in Hugging Face
-folders. Ours, for tokenizers that come without one, is `TEMPLATE`: each message under its role,
-with the end-of-text token behind it.
+The tokenizer's chat template, in Jinja as in Hugging Face folders, makes one text of a
+conversation. `TEMPLATE` is for tokenizers without one.
 """
 
 import re
@@ -24,12 +23,12 @@ import console
 import runtime
 from checkpoint import load_model
 from configurator import check, override
-from console import UsageError, UserError
+from console import UsageError, UserError, user_errors
 from model import sample_from, stream
 from quantize import prepare_for_sampling
 from tokenizer import TextStream
 
-TEMPLATE = (
+TEMPLATE = (  # each message under its role, with the end-of-text token behind it
     r"{% for message in messages %}"
     r"{{ message.role + '\n' + message.content | trim + eos_token }}"
     r"{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
@@ -61,7 +60,7 @@ class ChatConfig:
 
 @lru_cache
 def compiled(template):
-    """A function that renders a template. In its sandbox, a stranger's can only write text."""
+    """The function that renders a template; in a sandbox, since it may be a stranger's."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # it comes with torch
 
     def refuse(message):
@@ -77,10 +76,9 @@ def compiled(template):
 def encode_chat(tokenizer, messages):
     """(ids, learned) of a conversation: arrays (T,), int64 and bool.
 
-    messages: dicts with `role` (system, user or assistant) and `content`. learned: what the
-    assistant writes, which is each answer and what ends it, but not the header in front of it. If
-    the last message is not the assistant's, ids end with the header of its answer. The ids are
-    those of transformers' `apply_chat_template`. Raises UserError.
+    messages: dicts with `role` (system, user or assistant) and `content`. ids: as by transformers'
+    `apply_chat_template`; after a question, with the header of an answer. learned: whether the
+    assistant writes an id: true for its answers and their ends, not for headers. Raises UserError.
     """
     from jinja2 import TemplateError
 
@@ -89,12 +87,10 @@ def encode_chat(tokenizer, messages):
         raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
 
     def render(messages, header):
-        try:
+        with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
+                         f'{str(messages)[:80]}', 'change the roles or their order'):
             return compiled(tokenizer.chat_template)(
                 messages=messages, add_generation_prompt=header, eos_token=end)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f'the chat template refuses {str(messages)[:80]} ({error}): use other '
-                            'roles, or in another order') from None
 
     text = render(messages, messages[-1]['role'] != 'assistant')
     ids = np.array(tokenizer.encode_special(text), int)
@@ -116,13 +112,13 @@ def encode_chat(tokenizer, messages):
 
 
 def question_ids(tokenizer, question, history=()):
-    """The ids, a list, after which the assistant answers. history: the messages before."""
+    """A list of ids, to be continued by the answer. history: earlier messages."""
     ids, _ = encode_chat(tokenizer, [*history, {'role': 'user', 'content': question.strip()}])
     return ids.tolist()
 
 
 def questions(in_terminal):
-    """Yield what the user types, or the lines of a pipe, without spaces around them."""
+    """Yield the lines that the user types, or those of a pipe, without spaces around them."""
     sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
     if not in_terminal:
         yield from map(str.strip, sys.stdin)
@@ -138,9 +134,8 @@ def questions(in_terminal):
 def chat(cfg):
     """Answer each line of standard input, until it ends."""
     device, dtype = runtime.device_and_dtype(cfg)
-    resume = cfg.init_from == 'resume'
-    path = cfg.out_dir if resume else cfg.init_from
-    model, tokenizer = load_model(path, hub=not resume)
+    path = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
+    model, tokenizer = load_model(path, hub=cfg.init_from != 'resume')
     if not tokenizer.chat_template or tokenizer.eot is None:
         raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
                         'what prepare_chat.py made')
@@ -149,20 +144,20 @@ def chat(cfg):
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     block_size = model.config.block_size
-    exchanges = []  # of the conversation: a question and an answer each
+    longest = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for an answer
+    history = []  # messages: a question, its answer, the next question ...
     for question in questions(in_terminal):
         if not question:
-            exchanges = []
+            history = []
             continue
         try:
-            ids = question_ids(tokenizer, question, sum(exchanges, system))
-            # Leave room for an answer: without the oldest exchanges, but never the question.
-            while exchanges and len(ids) + min(cfg.max_new_tokens, block_size // 4) > block_size:
-                exchanges.pop(0)
-                ids = question_ids(tokenizer, question, sum(exchanges, system))
+            ids = question_ids(tokenizer, question, system + history)
+            while history and len(ids) > longest:
+                history = history[2:]  # forget the oldest question and its answer
+                ids = question_ids(tokenizer, question, system + history)
             if len(ids) >= block_size:
-                raise UserError(f'these are {len(ids)} tokens, too many for a context of '
-                                f'{block_size}: ask less at once')
+                raise UserError(f'{len(ids)} tokens are too many for a context of {block_size}: '
+                                'ask less at once')
         except UserError as error:  # also for a letter that the alphabet lacks
             print(f'({error})', file=sys.stderr)
             continue
@@ -177,9 +172,8 @@ def chat(cfg):
                 if answer.done:
                     break
         rest, text = answer.finish(), answer.text.strip()
-        print(console.printable(rest if in_terminal else ' '.join(text.split('\n'))), flush=True)
-        exchanges.append([{'role': 'user', 'content': question},
-                          {'role': 'assistant', 'content': text}])
+        print(console.printable(rest if in_terminal else text.replace('\n', ' ')), flush=True)
+        history += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': text}]
 
 
 def main(argv):

@@ -15,7 +15,7 @@ import torch
 
 import runtime
 from console import (
-    Progress, UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
+    UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
 )
 from llama import class_and_config
 from prepare_text import read_meta
@@ -54,9 +54,8 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
             torch.save(state, file)
             if is_first:
                 flush_to_disk(file)  # a full disk must show before anything is moved
-                if log.is_new and move_previous_run(cfg.out_dir):
-                    Progress().print_line(f'the previous run in {cfg.out_dir} is now in '
-                                          f'{cfg.out_dir}/previous')
+                if log.is_new:
+                    move_previous_run(cfg.out_dir)
                 log.open()
     for name, content, is_due in ('best.pt', best, improved), (f'ckpt-{it}.pt', state, is_kept):
         if ranks.is_main and is_due:

@@ -37,15 +37,13 @@ class UsageError(UserError):
 def user_errors(kinds, failed, remedy, when=lambda error: True):
     """Context manager: report exceptions of these kinds as a UserError, "failed (why): remedy".
 
-    It belongs around one call whose failures are known, never around code that people edit: a slip
+    Put it around one call whose failures are known, never around code that people edit: a mistake
     there needs its traceback. when: a function that says which exceptions are meant.
     """
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
-        if not when(error):
+        if isinstance(error, UserError) or not when(error):
             raise
         why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
         raise UserError(f'{failed} ({shorten(why, 160)}): {remedy}') from error
@@ -83,16 +81,15 @@ def run(main):
         if error.errno != errno.EPIPE:  # that is a reader, for example `head`, that has seen enough
             code, message = 1, f'error: cannot write ({error.strerror}): free some space\n'
     finally:
-        if Progress.on_screen:  # what is printed next starts on a line of its own
+        if Progress.on_screen:  # the next output begins on a line of its own
             print(flush=True)
-    # Only here, with the exception and all that it refers to gone: gloo's threads may not outlive
-    # a model that is still in use.
+    # Outside `except`: gloo's threads can't end while an exception refers to the model.
     sys.stderr.write(message)
     sys.exit(code)
 
 
 def printable(text):
-    """`text` with U+FFFD for control characters: a model's text could garble the terminal."""
+    """`text` with U+FFFD for control characters, which could garble the terminal."""
     return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
 
 
@@ -112,15 +109,15 @@ def flush_to_disk(file):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Context manager: a binary file that replaces `path`, once it is on disk, if all goes well.
+    """Context manager: a binary file that replaces `path` when it is whole and on disk.
 
-    So `path` is always the old file or the new one, whole. Raises UserError if it can't be
-    written. torch.save raises RuntimeError on a full disk.
+    Raises UserError if it can't be written; then `path` stays as it was.
     """
     temporary, folder = f'{path}.{secrets.token_hex(4)}.tmp', os.path.dirname(path) or '.'
     try:
+        # RuntimeError: torch.save's, on a full disk
         with user_errors((OSError, RuntimeError), f'cannot write {path}', 'free some space or '
-                         'choose another folder; the file that was there before is untouched'):
+                         'choose another folder; the file from before is untouched'):
             os.makedirs(folder, exist_ok=True)
             with open(temporary, 'xb') as file:
                 yield file
@@ -137,10 +134,10 @@ def atomic_file(path):
 
 @contextlib.contextmanager
 def locked(folder, wait=False):
-    """Context manager: make `folder`, and keep other processes from writing there.
+    """Context manager: make `folder`, and let no other process write there at the same time.
 
-    Raises UserError if one does, unless it is to `wait`. The lock ends with the process, however
-    that ends. A new folder that stays empty is removed.
+    wait: for such a process to end; else raises UserError. The lock ends with this process, even
+    if it is killed. A new folder that stays empty is removed.
     """
     is_new, handle = not os.path.isdir(folder), None
     with user_errors(OSError, f'cannot write into {folder}', 'choose another folder'):
@@ -151,11 +148,9 @@ def locked(folder, wait=False):
             import fcntl
 
             handle = os.open(folder, os.O_RDONLY)
-            try:
+            with user_errors(BlockingIOError, f'another process is writing into {folder}',
+                             'wait for it, or choose another folder'):
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise UserError(f'another process is writing into {folder}: wait for it, or '
-                                'choose another folder') from None
             for leftover in Path(folder).glob(f'*.{"[0-9a-f]" * 8}.tmp'):  # of a killed process
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
@@ -173,14 +168,13 @@ def files_of_run(out_dir):
 
 
 def move_previous_run(out_dir):
-    """Move the run in `out_dir` to `out_dir/previous`; returns whether there was one.
+    """Move the run in `out_dir`, if there is one, to `out_dir/previous`, and say so.
 
-    The one in `previous` moves to `previous-1`, or the next free number: nothing is deleted.
+    The run in `previous` moves to `previous-1`, or the next free number: nothing is deleted.
     """
-    paths = files_of_run(out_dir)
+    paths, previous = files_of_run(out_dir), os.path.join(out_dir, 'previous')
     if not paths:
-        return False
-    previous = os.path.join(out_dir, 'previous')
+        return
     with user_errors(OSError, f'cannot move the previous run in {out_dir} away',
                      'choose another --out_dir'):
         if os.path.exists(previous):
@@ -189,14 +183,14 @@ def move_previous_run(out_dir):
         os.mkdir(previous)
         for path in paths:
             os.rename(path, os.path.join(previous, path.name))
-    return True
+    Progress().print_line(f'the previous run in {out_dir} is now in {previous}')
 
 
 # --- log.csv
 
 
 def read_rows(path):
-    """The rows of a CSV file, a dict of texts each, but not a last one that is half written."""
+    """The rows of a CSV file, a dict of texts each, without a last one that is half written."""
     with open(path, newline='', encoding='utf-8') as file:
         return [row for row in csv.DictReader(file)
                 if None not in row and None not in row.values()]
@@ -205,17 +199,17 @@ def read_rows(path):
 class Log:
     """`log.csv` in out_dir, a row for each logged iteration; columns are named by the rows.
 
-    A resumed run keeps the rows of before, up to where it resumes. Until `open`, new rows wait in
-    memory, so that no earlier log is touched before there is a newer checkpoint. A disabled log
-    does nothing. Rows go to Weights & Biases too, if that is asked for.
+    A resumed run keeps the earlier rows, up to where it resumes. New rows wait in memory until
+    `open`, so that an older log stays until there is a newer checkpoint. A disabled log does
+    nothing. With cfg.wandb_log, rows go to Weights & Biases too.
     """
 
     def __init__(self, cfg, run, enabled=True):
         self.path, self.rows, self.columns = os.path.join(cfg.out_dir, 'log.csv'), [], None
-        self.enabled, self.wandb, self.last = enabled, None, None
-        self.out_dir, self.is_new = cfg.out_dir, cfg.init_from != 'resume'
+        self.enabled, self.is_new = enabled, cfg.init_from != 'resume'
+        self.wandb, self.last = None, None  # `last`: the iteration of the last row
         start, _, checkpoint = cfg.init_from.partition(':')
-        former = os.path.join(os.path.dirname(checkpoint) or cfg.out_dir, 'log.csv')
+        former = os.path.join(os.path.dirname(checkpoint or self.path), 'log.csv')
         if enabled and start == 'resume' and os.path.exists(former):
             with user_errors((OSError, ValueError, KeyError, TypeError, csv.Error),
                              f'cannot read {former}', 'move it away, then resume again'):
@@ -245,10 +239,9 @@ class Log:
             self.wandb.log(row, step=row['iteration'])
         completes, self.last = self.last == row['iteration'], row['iteration']
         if self.columns and not completes and row.keys() <= set(self.columns):
-            with user_errors(OSError, f'cannot write {self.path}',
-                             'free some space, then add --init_from=resume'):
-                with open(self.path, 'ab') as file:
-                    file.write(self.lines(row))
+            with user_errors(OSError, f'cannot write {self.path}', 'free some space, then add '
+                             '--init_from=resume'), open(self.path, 'ab') as file:
+                file.write(self.lines(row))
             return
         if self.columns:
             self.rows = read_rows(self.path)
@@ -258,15 +251,14 @@ class Log:
 
     def close(self):
         """Write the rows of a run that saved nothing, where they don't replace another run's."""
-        if self.enabled and self.columns is None and self.rows and not (
-                self.is_new and files_of_run(self.out_dir)):
+        if self.rows and not (self.is_new and files_of_run(os.path.dirname(self.path))):
             self.open()
         if self.wandb:
             self.wandb.finish()
 
     def lines(self, *rows):
         """Rows as bytes of CSV."""
-        text = io.StringIO(newline='')
+        text = io.StringIO()
         csv.DictWriter(text, self.columns, lineterminator='\n').writerows(rows)
         return text.getvalue().encode()
 
@@ -278,22 +270,22 @@ class Log:
 def stop_signals(enabled, announce):
     """Context manager: Ctrl-C and the signals that end jobs only set `received` to their number.
 
-    So a run can save before it ends. A second Ctrl-C exits at once. SIGUSR1 is Slurm's warning;
-    SIGHUP comes when a terminal is closed. announce: whether to print that one was received.
+    So a run can save before it ends. A second Ctrl-C exits at once. announce: print the first one.
     """
     stop = SimpleNamespace(received=0)
 
     def handle(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system obeys it, whatever Python does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # exits at once, even outside Python's code
         if announce and not stop.received:
-            with contextlib.suppress(OSError):  # os.write, since print may be what was interrupted
+            with contextlib.suppress(OSError):  # os.write: the signal may interrupt a print
                 os.write(1, b'\nfinishing this iteration, then saving; '
                             b'Ctrl-C again to quit without\n')
         stop.received = stop.received or number
 
     with contextlib.ExitStack() as at_end:
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') * enabled:
-            number = getattr(signal, name, None)  # Windows has only the first two
+        # SIGHUP: the terminal was closed. SIGUSR1: Slurm's warning. Windows has neither.
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if enabled else ():
+            number = getattr(signal, name, None)
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 at_end.callback(signal.signal, number, signal.signal(number, handle))
         yield stop
@@ -310,7 +302,7 @@ class Progress:
         self.shown = time.perf_counter()
 
     def print_line(self, text, end='\n'):
-        """Print lines that stay. If the terminal or the pipe was closed, continue without it."""
+        """Print lines that stay; if nobody reads them any more, continue without output."""
         if not self.enabled:
             return
         encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
@@ -327,8 +319,7 @@ class Progress:
             return
         self.shown = time.perf_counter()
         if not self.live:
-            self.print_line(text)
-            return
+            return self.print_line(text)
         width = shutil.get_terminal_size().columns - 3  # so that a ^C fits on the line too
         cells = min(20, width - len(text) - 1)
         bar = ('━' * round(cells * fraction)).ljust(cells, '╌')

@@ -6,10 +6,9 @@
     python prepare_chat.py --dataset=wizard_chat   # the questions about Oz that come with ozGPT
 
 Each line of a .jsonl file, or each element of a .json list, is a conversation in one of these
-forms. An `instruction` may have an `input`; `messages` may begin with one of the role `system`:
+forms (`input` may be missing; the first of the `messages` may have the role `system`):
 
-    {"prompt": "2 + 2?", "response": "4"}
-    {"prompt": "2 + 2?", "completion": "4"}
+    {"prompt": "2 + 2?", "response": "4"}        # or "completion"
     {"instruction": "Spell the word.", "input": "Toto", "output": "T-o-t-o"}
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -19,6 +18,7 @@ hash, so that the order in the files doesn't matter; the last ones become the te
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,14 @@ import numpy as np
 import console
 from chat import TEMPLATE, encode_chat
 from configurator import override
-from console import Progress, UsageError, UserError
+from console import Progress, UsageError, UserError, user_errors
 from prepare_text import (
     TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset,
 )
 from tokenizer import END, CharTokenizer
 
 QUESTIONS = Path(__file__).with_name('data') / 'oz_questions.jsonl'
-# What questions and answers are called, by the form of a conversation.
+# The names of question and answer in each form of a conversation.
 FORMS = ('prompt', 'response'), ('prompt', 'completion'), ('instruction', 'output')
 
 
@@ -45,33 +45,31 @@ def messages_of(item):
             item = {'messages': [{'role': 'user', 'content': '\n\n'.join(asked)},
                                  {'role': 'assistant', 'content': item[answer]}]}
     messages = [{'role': m['role'], 'content': m['content'].strip()} for m in item['messages']]
-    roles = [message['role'] for message in messages]
-    turns = roles[roles[:1] == ['system'] :]
-    if not turns or turns != ['user', 'assistant'] * (len(turns) // 2):
-        raise ValueError(f'user and assistant must take turns, in {roles}')
+    roles = ' '.join(message['role'] for message in messages)
+    if not re.fullmatch('(system )?user assistant( user assistant)*', roles):
+        raise ValueError(f'user and assistant must take turns, not "{roles}"')
     return messages
 
 
 def read_conversations(paths, errors='strict'):
     """The conversations of files, lists of messages, each once, in the order of their hashes."""
+    kinds, remedy = (ValueError, LookupError, TypeError, RecursionError), 'see --help, correct it'
     found, empty, total = {}, 0, 0
     for path in paths:
         text = read_text(path, errors)
-        is_list = text.lstrip().startswith('[')
-        for number, part in enumerate([text] if is_list else text.split('\n'), 1):
-            where = f'{path}, line {number}'
-            try:
-                items = json.loads(part.strip() or '[]')
-                for index, item in enumerate(items if isinstance(items, list) else [items], 1):
-                    where = f'{path}, element {index}' if is_list else where
-                    messages, total = messages_of(item), total + 1
-                    if all(message['content'] for message in messages):
-                        found[hashlib.sha256(json.dumps(messages).encode()).digest()] = messages
-                    else:
-                        empty += 1
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(f'{where}: no conversation ({type(error).__name__}: {error}): '
-                                'correct it; --help shows the forms') from None
+        unit = 'element' if text.lstrip().startswith('[') else 'line'
+        with user_errors(kinds, f'{path} is no list in JSON', remedy):
+            parts = json.loads(text) if unit == 'element' else text.split('\n')
+        for number, part in enumerate(parts, 1):
+            with user_errors(kinds, f'{path}, {unit} {number}: no conversation', remedy):
+                if unit == 'line' and not part.strip():
+                    continue
+                messages = messages_of(part if unit == 'element' else json.loads(part))
+            total += 1
+            if all(message['content'] for message in messages):
+                found[hashlib.sha256(json.dumps(messages).encode()).digest()] = messages
+            else:
+                empty += 1
     if total > len(found):
         print(f'left out: {empty} with an empty message, {total - empty - len(found)} repeated')
     return [found[key] for key in sorted(found)]
@@ -79,10 +77,10 @@ def read_conversations(paths, errors='strict'):
 
 def prepare(conversations, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0,
             source=''):
-    """Write data/<dataset>, made of lists of messages; returns what meta.json says."""
+    """Write data/<dataset> from lists of messages; returns the contents of meta.json."""
     contents = [message['content'] for messages in conversations for message in messages]
-    encoder = make_tokenizer(tokenizer, [f'system user assistant\n{END}', *contents])
-    if isinstance(encoder, CharTokenizer):  # another dataset's may have no END
+    encoder = make_tokenizer(tokenizer, ['system user assistant\n', *contents])
+    if isinstance(encoder, CharTokenizer):
         encoder = CharTokenizer(encoder.chars + END)
     if encoder.eot is None:
         raise UserError(f'the tokenizer {tokenizer} has no token that ends a text: use another')

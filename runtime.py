@@ -36,16 +36,14 @@ def device_and_dtype(cfg):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(f'device={cfg.device!r} is not on this machine ({shorten(str(error), 80)}'
                          '): choose another, for example --device=cpu') from None
-    return device, pick_dtype(cfg.dtype, device)
+    names = ['auto', 'float32', 'bfloat16'] + ['float16'] * (device.type != 'cpu')
+    if cfg.dtype not in names:
+        raise UsageError(f'dtype={cfg.dtype!r} must be one of {", ".join(names)} on {device}')
+    return device, best_dtype(device) if cfg.dtype == 'auto' else getattr(torch, cfg.dtype)
 
 
-def pick_dtype(name, device):
-    """The torch dtype called `name`; 'auto': the best that the hardware supports natively."""
-    if name != 'auto':
-        names = ['float32', 'bfloat16'] + ['float16'] * (device.type != 'cpu')
-        if name not in names:
-            raise UsageError(f'dtype={name!r} must be one of auto, {", ".join(names)} on {device}')
-        return getattr(torch, name)
+def best_dtype(device):
+    """The best torch dtype that the hardware supports natively."""
     if device.type == 'cuda':
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -62,20 +60,20 @@ def set_speed_options(shard=False):
     """Settings of the whole process that make training faster: for a script's `main`."""
     torch.set_float32_matmul_precision('high')  # TF32 on CUDA where a product is float32
     gc.freeze()  # what is imported stays: searching it for garbage takes a tenth of a second
-    # glibc hands large blocks back to the kernel and faults them in again, zeroed, on the next
-    # step. Keeping freed memory trains faster; but shards, gathered and freed, would fragment it.
+    # glibc returns large freed blocks to the kernel, and gets them again, zeroed, in the next step.
+    # Keeping them trains faster; but shards, gathered and freed, would fragment what is kept.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: below, from the heap
-        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much it keeps
+        mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks are kept
+        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: as many bytes
 
 
 def is_out_of_memory(error):
-    """Whether an exception of torch's or numpy's means that memory could not be had."""
+    """Whether an exception of torch's or numpy's means a lack of memory."""
     signs = ('out of memory', "can't allocate memory", 'not enough memory: you tried',
              'CUBLAS_STATUS_ALLOC_FAILED', 'array is too big')
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        any(sign in str(error) for sign in signs))
+    types = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, types) or any(sign in str(error) for sign in signs)
 
 
 def out_of_memory(remedy):
@@ -84,8 +82,8 @@ def out_of_memory(remedy):
                        is_out_of_memory)
 
 
-# Peaks in TFLOP/s for 16 bits, dense, from the vendors' datasheets, by the whole name, since a
-# slice of a card has a longer one. MFU is the fraction in use.
+# Peak TFLOP/s in 16 bits, dense, from the vendors' datasheets, by a card's whole name: a slice of
+# it has a longer one.
 PEAK_TFLOPS = {
     'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA GH200 480GB': 989,
     'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 NVL': 835, 'NVIDIA H100 PCIe': 756,
@@ -111,7 +109,7 @@ def flops_per_token(model, block_size):
 
 
 def peak_speed(model, cfg, ranks, device, dtype):
-    """Tokens/s if every operation of the devices' peak were used, or 0 if it is not known."""
+    """Tokens/s at the devices' peak, or 0 if that is not known. MFU is the fraction in use."""
     tflops = cfg.peak_tflops
     if not tflops and device.type == 'cuda' and dtype != torch.float32:
         tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0)
@@ -121,23 +119,22 @@ def peak_speed(model, cfg, ranks, device, dtype):
 # --- many processes
 
 
-JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+JOIN_TIMEOUT = timedelta(minutes=30)  # for all processes to start, and to answer
 
 
 class Ranks:
-    """This process's rank, from torchrun's environment variables; alone, rank 0 of 1.
+    """This process's rank, and local_rank on its machine, from torchrun's variables; alone, 0 of 1.
 
-    local_rank is the one on its machine. Raises UserError for half an environment.
+    Raises UserError if a variable is missing or wrong.
     """
 
     def __init__(self):
-        names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
-        found = [os.environ.get(name) for name in names]
-        if not any(name in os.environ for name in names):
-            found = 0, 0, 1
-        with user_errors((ValueError, TypeError), f'the environment has {dict(zip(names, found))}',
+        alone = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}
+        found = {name: os.environ.get(name) for name in alone}
+        with user_errors((ValueError, TypeError), f'the environment has {found}',
                          'set all three, as torchrun does, or none'):
-            self.rank, self.local_rank, self.world_size = map(int, found)
+            found = found if any(found.values()) else alone
+            self.rank, self.local_rank, self.world_size = map(int, found.values())
             if not 0 <= self.rank < self.world_size:
                 raise ValueError('RANK must be from 0 to WORLD_SIZE - 1')
         self.is_main = self.rank == 0
@@ -148,20 +145,14 @@ class Ranks:
         if self.world_size == 1:
             yield
             return
-        if backend in ('auto', 'nccl'):  # gloo besides, for tensors that never leave the CPU
+        if backend in ('auto', 'nccl'):  # gloo is for tensors on the CPU
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         with user_errors((dist.DistError, RuntimeError, ValueError, OSError),
                          f'not all {self.world_size} processes came to MASTER_ADDR='
                          f'{os.environ.get("MASTER_ADDR")}', 'start all of them by torchrun'):
-            store, _, _ = next(dist.rendezvous('env://', timeout=JOIN_TIMEOUT))
-            store.set(f'joined {self.rank}', '')
-            store.wait([f'joined {rank}' for rank in range(self.world_size)], JOIN_TIMEOUT)
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.world_size)
+            dist.init_process_group(backend, timeout=JOIN_TIMEOUT)
         yield
-        # Not after an exception: it would wait for the others, and gloo's threads can't end while
-        # a traceback keeps the model.
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # not after an exception: it would wait for the others
 
     def sum(self, tensor):
         """`tensor`, summed over the ranks, in place."""
@@ -170,7 +161,7 @@ class Ranks:
         return tensor
 
     def any(self, flag):
-        """Whether `flag` is true on any rank; asked on the CPU, so that nobody waits for a GPU."""
+        """Whether `flag` is true on any rank. A tensor on the CPU: nobody waits for a GPU."""
         return bool(self.sum(torch.tensor(float(flag))))
 
     def wait(self):
@@ -191,7 +182,7 @@ class Ranks:
         """Raise UserError unless the file `path` is the same on all ranks, or missing there."""
         found = 'missing'
         if os.path.isfile(path):
-            with open(path, 'rb') as file:  # its end has the check sums of all that a .pt contains
+            with open(path, 'rb') as file:  # a .pt ends with the check sums of its contents
                 file.seek(max(0, os.path.getsize(path) - (1 << 20)))
                 found = f'a file of digest {hashlib.sha256(file.read()).hexdigest()[:12]}'
         self.agree(path, found)
@@ -207,7 +198,7 @@ class Ranks:
 def wrap(raw, cfg, ranks, device, amp, split):
     """The model as training calls it: compiled if asked for, gradients averaged over the ranks.
 
-    torch.compile fails at the first call, if at all, so that call is here, on a batch of `split`.
+    The first call of a compiled model is here, since it is the one that can fail.
     """
     model = raw
     if cfg.recompute:  # a block's activations are computed again when its gradient needs them
@@ -234,7 +225,7 @@ def wrap(raw, cfg, ranks, device, amp, split):
 
 def sync_gradients(model, sync):
     """Set whether the next backward pass averages gradients over the ranks."""
-    if hasattr(model, 'set_requires_gradient_sync'):  # sharded; torch.compile passes it on
+    if is_sharded(model):
         model.set_requires_gradient_sync(sync)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = sync
@@ -246,9 +237,9 @@ def sync_gradients(model, sync):
 def new_model(cls, config, weights, device, dtype=None, shard=False, seed=0):
     """The model `cls(config)` on `device`, with `weights`; None: initialized from `seed`.
 
-    The numbers are the same on every device, sharded or not. Sharded, each rank keeps only its
-    part of every weight, gradient, and optimizer state (FSDP; ZeRO: Rajbhandari et al. 2020,
-    arXiv:1910.02054), and only rank 0 needs weights. Raises UserError if they don't fit.
+    A seed gives the same numbers on every device, sharded or not. shard: each rank keeps only its
+    part of each weight, gradient and moment (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054), and
+    only rank 0 needs `weights`. Raises UserError if they don't fit.
     """
     model = None
     if not shard or dist.get_rank() == 0:
@@ -256,21 +247,21 @@ def new_model(cls, config, weights, device, dtype=None, shard=False, seed=0):
             torch.default_generator.manual_seed(seed)
             model = cls(config)
         if weights is not None:
-            old = {name for name in weights.keys() - model.state_dict().keys()
-                   if name.endswith('.attn.bias')}  # masks in nanoGPT's first checkpoints
-            with user_errors(RuntimeError, 'the weights do not fit the model that comes with them',
-                             'use others'):
-                model.load_state_dict({k: w for k, w in weights.items() if k not in old})
+            own = model.state_dict()
+            weights = {name: weight for name, weight in weights.items()  # without nanoGPT's masks
+                       if name in own or not name.endswith('.attn.bias')}
+            with user_errors(RuntimeError, 'the weights do not fit their model', 'use others'):
+                model.load_state_dict(weights)
     return spread(cls, config, model, device, dtype) if shard else model.to(device)
 
 
 def spread(cls, config, whole, device, dtype):
     """Rank 0's model `whole`, `cls(config)`, spread over the ranks; the others pass None.
 
-    The matrices of a block are gathered in `dtype` when the block computes. Everything else, like
-    norms and embeddings, belongs to the root: gathered in float32, whole during an update.
+    The matrices of a block are gathered in `dtype` when the block computes. Norms, embeddings and
+    all else belong to the root: gathered in float32, they stay whole during an update.
     """
-    # Here, since it takes a second to import.
+    # Imported here, since it takes a second.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -279,7 +270,7 @@ def spread(cls, config, whole, device, dtype):
                                   cast_forward_inputs=False)
     with torch.device('meta'):
         model = cls(config)
-    model.rest = torch.nn.ParameterList()  # The root takes only what has a name outside blocks.
+    model.rest = nn.ParameterList()  # the root takes only parameters with a name outside blocks
     for block in model.blocks:
         rest = [p for p in block.parameters() if p.dim() < 2]
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(rest))
@@ -299,7 +290,7 @@ def spread(cls, config, whole, device, dtype):
 
 
 def is_sharded(model):
-    """Whether `shard` made this model."""
+    """Whether `spread` made this model; torch.compile passes the method on."""
     return hasattr(model, 'set_requires_gradient_sync')
 
 
@@ -316,7 +307,7 @@ def load_weights(model, weights):
 
 
 def gather_weights(model):
-    """A model's state dict; of a sharded one, whole weights on rank 0's CPU, {} elsewhere."""
+    """A model's state dict; of a sharded one, whole on rank 0's CPU, and {} on other ranks."""
     if not is_sharded(model):
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -334,18 +325,17 @@ def gather(value):
     if not hasattr(value, 'full_tensor'):
         return value
     value = value.full_tensor()
-    if not value.dim():
-        return value  # on its device, as the other numbers of an update are
-    return value.cpu() if dist.get_rank() == 0 else None
+    if value.dim():
+        return value.cpu() if dist.get_rank() == 0 else None
+    return value  # on its device, like the other numbers of an update
 
 
 def shard_like(tensor, p):
     """A whole tensor that all ranks have, sharded as the parameter p is, on its device."""
     if not hasattr(p, 'full_tensor'):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return dist.tensor.distribute_tensor(
+        tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def gather_state(optimizer):
@@ -370,9 +360,8 @@ def fitting_state(optimizer, saved):
         if isinstance(optimizer, torch.optim.AdamW) and 'step' not in values:
             raise ValueError('a weight has no count of steps')
         for name, value in values.items():
-            shape = getattr(value, 'shape', None)
-            if name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') and shape != p.shape:
-                raise ValueError(f'{name} of shape {shape} belongs to a weight of {p.shape}')
-            if shape == p.shape:  # contiguous, as fused optimizers assume
-                state[number][name] = shard_like(value.contiguous(), p)
+            if getattr(value, 'shape', None) == p.shape:
+                state[number][name] = shard_like(value.contiguous(), p)  # for fused optimizers
+            elif name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer'):
+                raise ValueError(f'{name} does not have the shape of its weight, {p.shape}')
     return {'state': state, 'param_groups': groups}

@@ -85,9 +85,7 @@ def pretend_ranks(ranks, report):
     from torch.distributed import device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    store, init, make_mesh = dist.HashStore(), dist.init_process_group, device_mesh.init_device_mesh
-    for rank in range(ranks):
-        store.set(f'joined {rank}', '')
+    init, make_mesh = dist.init_process_group, device_mesh.init_device_mesh
 
     def fake_init(backend, **_):
         report['backend'] = backend
@@ -99,7 +97,6 @@ def pretend_ranks(ranks, report):
 
     os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1',
                       MASTER_PORT='1')
-    dist.rendezvous = lambda *_, **__: iter([(store, 0, ranks)])
     dist.init_process_group, device_mesh.init_device_mesh = fake_init, real_mesh
     dist.all_gather_object = dist.broadcast_object_list = lambda *_, **__: None
     torch.Stream = torch.Event = torch.cuda.Stream = torch.cuda.Event = FakeStream
