@@ -53,7 +53,8 @@ def messages_of(item):
 
 def read_conversations(paths, errors='strict'):
     """The conversations of files, lists of messages, each once, in the order of their hashes."""
-    kinds, remedy = (ValueError, LookupError, TypeError, RecursionError), 'see --help, correct it'
+    kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
+    remedy = 'correct it; --help shows the forms'
     found, empty, total = {}, 0, 0
     for path in paths:
         text = read_text(path, errors)

@@ -142,7 +142,8 @@ def test_forms_with_more_parts(folder):
     ('{"messages": [{"role": "assistant", "content": "x"}]}', 'take turns'),
     ('{"messages": [{"role": "user", "content": "x"}]}', 'take turns'),
     ('{"messages": [{"role": "tool", "content": "x"}]}', 'tool'), ('{"prompt": "x', 'JSONDecode'),
-    ('[' * 100_000, 'RecursionError'),
+    ('[' * 100_000, 'RecursionError'), ('{"prompt": "a", "response": null}', 'NoneType'),
+    ('{"messages": [{"role": "user", "content": 5}]}', 'int'), ('{"messages": ["a"]}', 'str'),
 ])
 def test_a_broken_line_is_named_and_nothing_is_written(folder, line, reason):
     write('a.jsonl', qa(20))
