@@ -278,12 +278,15 @@ def test_soak(folder, monkeypatch):
         file.write('{"tokenizer": {"type": "char", "vocab_size": 2, "chars": "ab"}}')
     seen = []
 
-    def look(path, checkpoint):
+    save = train.save_run
+
+    def look(*args, **settings):
         with open('/proc/self/statm') as file:
             rss = int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
         seen.append((rss, len(os.listdir('/proc/self/fd'))))
+        return save(*args, **settings)
 
-    monkeypatch.setattr(train, 'save', look)
+    monkeypatch.setattr(train, 'save_run', look)
     train.train(TrainConfig(
         dataset='big', out_dir='out', gradient_accumulation_steps=1, batch_size=4,
         block_size=16, n_layer=1, n_head=1, n_embd=8, max_iters=20_000, eval_interval=1_000,
