@@ -87,6 +87,7 @@ def export(model, tokenizer, folder):
     PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
         clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template,
+        model_input_names=['input_ids', 'attention_mask'],
         response_template=answer if tokenizer.chat_template == TEMPLATE else None,
     ).save_pretrained(folder)
     files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: unchanged

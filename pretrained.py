@@ -63,9 +63,9 @@ def read_pretrained(name):
         if kind not in REQUIRED:
             raise UserError(f'{name} has model_type={kind!r}: choose one of {", ".join(REQUIRED)}')
         theirs = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    # Rotary settings are in a dict of their own; before transformers 5, only those of its scaling.
-    rope = getattr(theirs, 'rope_parameters', None) or getattr(theirs, 'rope_scaling', None)
-    theirs.update(rope or {})
+        # Rotary settings have a dict of their own; before transformers 5, only those of scaling.
+        rope = getattr(theirs, 'rope_parameters', None) or getattr(theirs, 'rope_scaling', None)
+        theirs.update(rope or {})
     for key, value in REQUIRED[kind].items():
         if getattr(theirs, key, value) != value:
             raise UserError(f'{name} has {key}={getattr(theirs, key)!r}: it must be {value!r}')

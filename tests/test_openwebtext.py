@@ -204,9 +204,9 @@ def test_parquet_without_texts_says_which_column_is_needed(bpe, folder, monkeypa
             prepare('--input=a.parquet')
 
 
-@pytest.mark.parametrize('how', ['cut', 'flipped', 'empty', 'no xz'])
+@pytest.mark.parametrize('how', ['cut', 'zeroed', 'empty', 'no xz'])
 def test_damaged_parquet(bpe, folder, how):
-    write_parquet('a.parquet', {'text': ['a text'] * 1000}, compression='gzip')
+    write_parquet('a.parquet', {'text': [f'{i}' * 9 for i in range(1000)]}, compression='gzip')
     write('a.parquet', spoil(contents('.')['a.parquet'], how))
     with pytest.raises(UserError, match="^'a.parquet' is damaged .*: replace or") as raised:
         prepare('--input=a.parquet')
@@ -391,6 +391,8 @@ def spoil(data, how):
     if how == 'flipped':
         middle = len(data) // 2
         return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    if how == 'zeroed':
+        return data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
     if how == 'header':  # sound xz, but the tar in it is broken near its end
         tar = bytearray(lzma.decompress(data))
         start = tar.rindex(b'ustar') - 257
