@@ -1,5 +1,6 @@
 """Conversations: prepare_chat.py, what the loss counts, chat.py, and the export."""
 
+import glob
 import io
 import json
 import os
@@ -671,3 +672,30 @@ def answers_right(out_dir, conversations, history=()):
         new = model.generate(torch.tensor([ids]), 20, temperature=0)[0, len(ids) :].tolist()
         right += tokenizer.decode(new).partition('␃')[0] == answer['content']
     return right / len(conversations)
+
+
+def trained_to_answer(name, updates):
+    """A small Llama in out-<name>, trained on the dataset `name`."""
+    train.train(train.TrainConfig(
+        dataset=name, out_dir=f'out-{name}', model='llama', n_layer=2, n_head=4, n_embd=96,
+        tied=False, optimizer='muon', muon_lr=0.04, learning_rate=6e-3, min_lr=0.0, beta2=0.99,
+        warmup_iters=20, batch_size=32, block_size=128, gradient_accumulation_steps=1,
+        max_iters=updates, eval_interval=updates, eval_iters=20, log_interval=updates,
+        sample_tokens=0, device='cpu', seed=1))
+
+
+@pytest.mark.slow
+def test_the_mask_teaches_to_answer_and_a_second_turn_is_as_good(folder):
+    conversations = read_conversations([prepare_chat.QUESTIONS])
+    unseen = conversations[int(0.9 * len(conversations)) :]
+    for name in ('masked', 'whole'):
+        prepare_chat.prepare(conversations, name)
+    for path in glob.glob('data/whole/*.mask'):
+        mask = np.fromfile(path, np.uint8)
+        np.where(mask == 2, 2, 1).astype(np.uint8).tofile(path)  # each token counts
+    for name in ('masked', 'whole'):
+        trained_to_answer(name, 900)
+    masked, whole = answers_right('out-masked', unseen), answers_right('out-whole', unseen)
+    second = np.mean([answers_right('out-masked', unseen, history) for history in unseen[:3]])
+    print(f'exact match: {masked:.3f}, as a second turn {second:.3f}, without the mask {whole:.3f}')
+    assert masked > whole + 0.1 and second > masked - 0.1
