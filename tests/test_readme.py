@@ -1,4 +1,4 @@
-"""The documents name files, functions, settings and commands that exist, and both languages agree."""
+"""The documents name what exists: files, functions, settings, commands; both languages agree."""
 
 import ast
 import glob
@@ -156,6 +156,18 @@ def test_functions_and_classes_exist(path):
             assert hasattr(torch.nn.functional, name[2:]), name
         else:
             assert name.split('.')[-1] in names | settings, name
+
+
+@each(*TUTORIALS)
+def test_what_is_to_be_read_is_in_its_file(path):
+    """As in: Read `one`, `two` and `three` in `file.py`."""
+    text, seen = ' '.join(text_of(path).split()), 0
+    for names, file in re.findall(r'((?:`[\w.]+`(?:, | and | e )?)+) (?:in|em) `(\w+\.py)`', text):
+        source = text_of(os.path.join(ROOT, file))
+        for name in re.findall(r'(\w+)`', names):
+            assert re.search(rf'^ *(?:def|class) {name}\b|^{name} = ', source, re.M), (name, file)
+            seen += 1
+    assert seen >= 20
 
 
 @each(*TUTORIALS, NOTES)
