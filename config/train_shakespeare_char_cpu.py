@@ -1,11 +1,12 @@
-# Tiny Shakespeare by characters, as well as two CPU cores with bf16 and a GPT allow in one and a
-# half to three minutes: a validation loss of 1.546 nats per character, after 194 s on slow cores.
+# Tiny Shakespeare by characters, by a GPT: a validation loss of 1.542 nats per character over the
+# whole split. On two CPU cores 2,000 updates of 22 ms with bf16 instructions, 51 ms without
+# (emulated), so a little less than one minute or two.
 
 out_dir = 'out-shakespeare-cpu'
 dataset = 'shakespeare_char'
 
-eval_interval = 920
-eval_iters = 25
+eval_interval = 500
+eval_iters = 20
 log_interval = 100
 sample_tokens = 150
 
@@ -16,9 +17,12 @@ n_layer = 2  # three or four learn more from an update, but make too few of them
 n_head = 4
 n_embd = 128
 
-learning_rate = 6e-3  # small models like it high
+optimizer = 'muon'  # learns as much as AdamW from less than half the updates
+muon_lr = 0.03
+learning_rate = 6e-3  # AdamW's, for embeddings and norms: small models like it high
 min_lr = 0.0
+schedule = 'linear'
 warmup_iters = 100
-max_iters = 4600
-weight_decay = 0.2  # it sees the text nine times
+max_iters = 2000
+weight_decay = 0.2  # AdamW's
 beta2 = 0.99  # an update sees few tokens
