@@ -93,7 +93,7 @@ class Split:
         return pair.to(device).unbind()
 
     def random_windows(self, seed, count, block_size):
-        """Where `count` random windows begin: anywhere, or with a conversation. Raises UserError."""
+        """Where `count` random windows begin; of conversations, each with one. Raises UserError."""
         generator = np.random.default_rng(seed)
         if self.mask is not None:
             return generator.choice(self.borders[:-1], count)

@@ -47,11 +47,11 @@ class TrainConfig:
     eval_interval: int = 2000  # evaluate, save and show a sample every N iterations
     log_interval: int = 1  # a line and a row of log.csv every N iterations
     eval_iters: int = 200  # batches per evaluation, the same each time; 0: the whole split
-    eval_only: bool = False  # evaluate every split, with perplexity, and stop
+    eval_only: bool = False  # only evaluate, every split, with perplexity
     always_save_checkpoint: bool = True  # false: ckpt.pt only if val improved, or if interrupted
     keep_interval: int = 0  # also keep a checkpoint, ckpt-N.pt, every N iterations; 0: none
     sample_tokens: int = 200  # length of the sample shown at each evaluation; 0: none
-    sample_start: str = '\n'  # how the sample begins
+    sample_start: str = '\n'  # how the sample begins; of a chat model, the question
     wandb_log: bool = False  # log to Weights & Biases too: pip install wandb
     wandb_project: str = 'owt'  # the project there
     wandb_run_name: str = 'gpt2'  # the run's name there
@@ -65,7 +65,7 @@ class TrainConfig:
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
     model_size: str = field(  # sets the next three, for example gpt2-medium; see model.py
         default='gpt2', metadata={'resets': ('n_layer', 'n_head', 'n_embd')})
-    n_layer: int | None = None  # depth: how many blocks, one after the other
+    n_layer: int | None = None  # depth: number of blocks, one after another
     n_head: int | None = None  # attention heads; must divide n_embd
     n_embd: int | None = None  # width: length of the vector that represents a token
     dropout: float = 0.0  # 0 for pretraining; 0.1 or 0.2 when the text is small
@@ -81,7 +81,7 @@ class TrainConfig:
     muon_weight_decay: float = 0.1  # Muon's; matters more than AdamW's, as its updates are larger
     muon_steps: int = 3  # orthogonalization steps per update; 2 are faster but learn less
     learning_rate: float = 6e-4  # the peak; small models learn better with more: 1e-3 to 8e-3
-    max_iters: int = 600000  # updates in all
+    max_iters: int = 600000  # number of updates
     weight_decay: float = 0.1  # on matrices; never on biases and norms
     beta1: float = 0.9  # AdamW's decay of the gradient's running mean
     beta2: float = 0.95  # AdamW's decay of the squared gradient's; 0.99 for batches of few tokens
