@@ -33,7 +33,7 @@ from train import TrainConfig, train
 
 @dataclass
 class BenchConfig:
-    only: str = ''  # measure only the rows with this in their name
+    only: str = ''  # measure only the rows whose name contains this
     device: str = 'auto'  # the best of cuda, mps, cpu
     dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
     compile: bool | None = None  # torch.compile in training; none: on CUDA only

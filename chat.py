@@ -38,15 +38,15 @@ TEMPLATE = (  # each message under its role, with the end-of-text token behind i
 @dataclass
 class ChatConfig:
     init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: a folder, a name
-    out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
+    out_dir: str = 'out'  # the folder that train.py wrote: reads best.pt, or else ckpt.pt
     system: str = ''  # a message that begins each conversation, if the model was trained with one
-    max_new_tokens: int = 500  # an answer's length, at most
-    temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
-    top_k: int | None = 200  # only the k likeliest tokens count; none for all
-    top_p: float | None = None  # only the likeliest tokens that reach this probability together
+    max_new_tokens: int = 500  # the most tokens in an answer
+    temperature: float = 0.8  # 1: the model's probabilities; lower: safer; 0: the likeliest token
+    top_k: int | None = 200  # keep only the k likeliest tokens; none: all
+    top_p: float | None = None  # keep the likeliest tokens that together reach this probability
     seed: int = 1337  # the same seed and questions, the same answers
-    device: str = 'auto'  # the best there is of cuda, mps, cpu
-    dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
+    device: str = 'auto'  # the best of cuda, mps, cpu; or one by name, for example cuda:1
+    dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
     quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
 
     def __post_init__(self):

@@ -25,11 +25,11 @@ from tokenizer import tokenizer_from, tokenizer_of
 
 def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improved, is_kept,
              is_evaluated):
-    """Write ckpt.pt, the whole state of a run; if it improved, best.pt; if it is kept, ckpt-N.pt.
+    """Write ckpt.pt, the whole state of a run; if improved, best.pt; if is_kept, ckpt-N.pt.
 
-    With the first save of a new run, a previous run in out_dir is moved away and the log begins.
-    All ranks must call it. Returns the path of the state. Raises UserError if weights are not
-    finite or a file can't be written.
+    The first save of a new run moves a previous run in out_dir away and opens the log. All ranks
+    must call it. is_evaluated: whether this iteration was. Returns the path of the state. Raises
+    UserError if weights are not finite or a file can't be written.
     """
     it, path = run['iter_num'], f'{cfg.out_dir}/ckpt.pt'
     if not runtime.gather(torch.nn.utils.get_total_norm(model.parameters())).isfinite():
@@ -45,9 +45,9 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
     }
     states = [runtime.gather_state(optimizer) for optimizer in optimizers]
     state = best | {'optimizer': states[0], 'optimizers': states, 'scaler': scaler.state_dict()}
-    is_first = log.columns is None
+    is_first = log.columns is None  # the log is not open yet
     if is_first and log.is_new and not is_evaluated and files_of_run(cfg.out_dir):
-        # Stopped before its first evaluation, perhaps started by mistake: the other run stays.
+        # Stopped before its first evaluation, perhaps a mistake: the previous run stays in place.
         is_first, path = False, f'{cfg.out_dir}/stopped-{it}.pt'
     if ranks.is_main:
         with atomic_file(path) as file:
@@ -66,9 +66,9 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
 
 
 def restore(checkpoint, run, optimizers, scaler):
-    """Give optimizers and scaler their state back; returns the numbers of `run` that were saved.
+    """Restore the state of optimizers and scaler; returns the saved ones of `run`'s numbers.
 
-    Rates and other settings stay those of the command. Raises UserError.
+    Learning rates and other settings stay those of the command. Raises UserError.
     """
     with user_errors((KeyError, IndexError, TypeError, ValueError, AttributeError),
                      "the checkpoint's optimizer does not fit",
@@ -84,9 +84,9 @@ def restore(checkpoint, run, optimizers, scaler):
 
 
 def load_checkpoint(path, mmap=False):
-    """Read a checkpoint, ours or nanoGPT's, onto the CPU; with `mmap`, tensors on first use.
+    """A checkpoint of ours or nanoGPT's, a dict with tensors on the CPU. Raises UserError.
 
-    path: the file, or a folder, whose best.pt or else ckpt.pt is read. Raises UserError.
+    path: the file, or a folder with best.pt or ckpt.pt. mmap: read a tensor when it is used.
     """
     if os.path.isdir(path):
         best = os.path.join(path, 'best.pt')
@@ -97,8 +97,8 @@ def load_checkpoint(path, mmap=False):
         raise UserError(f'no checkpoint {path} (found: {found or "none"}): choose one, or train '
                         'one: python train.py config/train_wizard_char.py')
     with user_errors(Exception, f'{path} is damaged, no checkpoint of a GPT, or might run code',
-                     'use one that train.py wrote'):  # damage shows in many ways
-        with warnings.catch_warnings(action='ignore'):  # about pickles that it will refuse
+                     'use one that train.py wrote'):  # damage causes many kinds of errors
+        with warnings.catch_warnings(action='ignore'):  # about files that it refuses anyway
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         # nanoGPT's compiled models have the prefix _orig_mod. Our older files contain a `log`.
         checkpoint = dict(checkpoint.get('log', {})) | checkpoint | {
@@ -122,9 +122,9 @@ def load_checkpoint(path, mmap=False):
 
 
 def load_model(path, hub=False):
-    """(model, tokenizer) of a checkpoint, of its folder, or of weights from Hugging Face.
+    """(model, tokenizer) of a checkpoint, its folder, or a Hugging Face folder.
 
-    hub: also accept a name there (gpt2, owner/name) if no such folder exists. Raises UserError.
+    hub: also accept a name on Hugging Face (gpt2, owner/name). Raises UserError.
     """
     if is_pretrained(path, hub):
         tokenizer, model = tokenizer_of(path), read_pretrained(path)

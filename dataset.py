@@ -1,9 +1,9 @@
 """Datasets: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
 
-prepare_*.py write them. A .bin file is a row of little-endian uint16 token ids. meta.json contains
-the tokenizer's state, vocab_size, the source and its sha256, and the number of tokens in each
-split. Conversations have a .mask beside each .bin, a byte for each token: 1 where the loss counts,
-2 where a conversation begins, else 0.
+prepare_*.py write them. A .bin file is a sequence of little-endian uint16 token ids. meta.json
+contains the tokenizer's state, vocab_size, the source and its sha256, and the number of tokens in
+each split. A dataset of conversations also has a .mask beside each .bin, a byte for each token: 1
+if the loss counts it as a target, 2 if a conversation begins with it, else 0.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class Split:
         self.file, self.tokens = open(path, 'rb'), size // 2
         if os.path.exists(mask := path.removesuffix('bin') + 'mask'):
             self.mask = np.fromfile(mask, np.uint8)
-            # Where conversations begin, and where the last one ends.
+            # The positions where conversations begin, and, last, the end of the file.
             self.borders = np.append(np.flatnonzero(self.mask == 2), self.tokens)
             if len(self.mask) != self.tokens or self.borders[0] or 1 not in self.mask:
                 raise UserError(f'{mask} does not fit {path}: prepare the dataset again')
@@ -51,9 +51,10 @@ class Split:
         return ids
 
     def ends(self, begins, block_size):
-        """Where windows end that have positions up to begins + block_size, at most.
+        """Where the windows at `begins` end: at most block_size + 1 tokens later.
 
-        Of conversations, a window has as many whole ones as fit, or a part of one that doesn't.
+        A window of conversations ends after the last one that fits as a whole; if not even the
+        first one fits, it contains as much of that one as fits.
         """
         reach = np.minimum(begins + block_size + 1, self.tokens)
         if self.mask is None:
@@ -62,13 +63,14 @@ class Split:
         return np.where(last > begins, last, reach)
 
     def longer_than(self, block_size):
-        """How many conversations don't fit into a window."""
+        """How many conversations are longer than a window; 0 for a text."""
         return 0 if self.mask is None else int((np.diff(self.borders) > block_size + 1).sum())
 
     def windows(self, begins, block_size):
-        """Positions of the windows, which of them are inside, and which ones the loss counts.
+        """(positions, inside, counted) of the windows at `begins`, each (..., block_size + 1).
 
-        begins: (...,); each result is (..., block_size + 1).
+        begins: (...,). inside: whether a position is before its window's end. counted: whether the
+        loss counts it as a target.
         """
         positions = begins[..., None] + np.arange(block_size + 1)
         inside = positions < self.ends(begins, block_size)[..., None]
@@ -77,10 +79,10 @@ class Split:
         return positions, inside, counted
 
     def batch(self, begins, block_size, device):
-        """Inputs and targets of the windows at `begins`, (B,): y is x one token later.
+        """Inputs x and targets y of the windows at `begins`, (B,): y is x one token later.
 
-        Each is (B, block_size) int64 on `device`. Outside of its window, an input is 0. A target
-        that does not count is -1.
+        Each is (B, block_size) int64 on `device`. After the end of its window, an input is 0. A
+        target that does not count is -1. Raises UserError.
         """
         positions, inside, counted = self.windows(begins, block_size)
         ids = self.ids(positions)
@@ -91,7 +93,7 @@ class Split:
         return pair.to(device).unbind()
 
     def random_windows(self, seed, count, block_size):
-        """Where `count` random windows begin; of conversations, each with one of them."""
+        """Where `count` random windows begin; of conversations, each with one. Raises UserError."""
         generator = np.random.default_rng(seed)
         if self.mask is not None:
             return generator.choice(self.borders[:-1], count)
@@ -101,11 +103,12 @@ class Split:
         return generator.integers(self.tokens - block_size, size=count)
 
     def all_windows(self, block_size):
-        """Where windows begin that have each target of the split once."""
+        """Where windows begin that together contain each target of the split exactly once."""
         if self.mask is None:
             return np.arange(0, self.tokens - 1, block_size)
         begins = [0]
         while (end := self.ends(begins[-1], block_size)) < self.tokens:
+            # In the middle of a conversation, the last token before `end` is the first input.
             begins.append(end if self.mask[end] == 2 else end - 1)
         return np.array(begins)
 
@@ -113,15 +116,15 @@ class Split:
 def training_batches(split, cfg, ranks, device, it):
     """Yield the micro-batches (x, y, divisor) of this rank, from iteration `it` on, without end.
 
-    The windows of the global batch follow from (seed, iteration), and each rank takes its part: a
-    resumed run sees the same data, on any number of processes. Losses that are divided by their
-    divisors, added, and averaged over the ranks, are the mean over all targets of an update.
+    The windows of an update follow from (seed, iteration), and each rank takes its part: a resumed
+    run sees the same data, on any number of processes. To get the mean loss over all targets of an
+    update, divide each loss by its divisor, add them, and average over the ranks.
     """
     B, T = cfg.batch_size, cfg.block_size
     while True:
         begins = split.random_windows((cfg.seed, it), cfg.gradient_accumulation_steps * B, T)
         begins = begins.reshape(ranks.world_size, -1, B)
-        counts = np.ones(begins.shape[:2])  # of targets, in each micro-batch
+        counts = np.ones(begins.shape[:2])  # targets per micro-batch; of a text, equally many
         if split.mask is not None:
             counts = split.windows(begins, T)[2][..., 1:].sum((-2, -1)).clip(min=1)
         divisors = counts.mean(axis=0).sum() / counts[ranks.rank]
@@ -133,26 +136,26 @@ def training_batches(split, cfg, ranks, device, it):
 def evaluation_batches(split, cfg, ranks, device):
     """Yield (x, y, fraction done): `eval_iters` random batches, always the same; 0: all windows.
 
-    Each rank gets the same number of batches, filled up with windows past the end of the split.
+    Each rank gets the same number of batches; the last ones are filled up with empty windows.
     """
     B, T = cfg.batch_size, cfg.block_size
-    if cfg.eval_iters:  # the seed of update 0: on the train split, the windows that it trains on
+    if cfg.eval_iters:  # update 0, of the same seed, trains on some of them: no harm
         begins = split.random_windows((cfg.seed, 0), cfg.eval_iters * B, T)
     else:
         begins = split.all_windows(T)
     fill = -len(begins) % (ranks.world_size * B)
-    begins = np.pad(begins, (0, fill), constant_values=split.tokens)
+    begins = np.pad(begins, (0, fill), constant_values=split.tokens)  # past the end: no targets
     batches = begins.reshape(-1, ranks.world_size, B)[:, ranks.rank]
     for i, batch in enumerate(batches):  # (B,)
         yield *split.batch(batch, T, device), i / len(batches)
 
 
 class Dataset:
-    """The splits of data/<name>, and the tokenizer that made them."""
+    """The splits and the tokenizer of data/<name>, which is made if missing. Raises UserError."""
 
     def __init__(self, name, ranks):
         folder = os.path.join('data', name)
-        # Rank 0 first; then the first of each machine that doesn't share its disk.
+        # Rank 0 prepares it; then local rank 0 of each machine that doesn't share rank 0's disk.
         for is_first in (ranks.is_main, ranks.local_rank == 0):
             missing = not os.path.exists(os.path.join(folder, 'train.bin'))
             if missing and is_first:
@@ -167,7 +170,7 @@ class Dataset:
             if split != 'test' or os.path.exists(path):
                 tokens = meta.get('tokens', {}).get(split)
                 self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens)
-        # What a validation loss is measured on. nanoGPT's datasets have no sum of the source.
+        # Identifies the data behind a validation loss. nanoGPT's datasets contain no sha256.
         self.sha256 = meta.get('sha256')
         if not self.sha256:
             with open(os.path.join(folder, 'val.bin'), 'rb') as file:

@@ -32,7 +32,7 @@ CANNOT_RUN = 'sample.py can run this model, transformers cannot'
 @dataclass
 class ExportConfig:
     out_dir: str = 'out'  # the folder that train.py wrote, or a checkpoint
-    to: str = ''  # the folder to make
+    to: str = ''  # the new folder
 
 
 def hugging_face_tokenizer(tokenizer):

@@ -50,7 +50,7 @@ class GPTConfig:
             raise ValueError(f"gelu is {self.gelu!r}: it must be 'erf' or 'tanh'")
 
 
-# Every layer draws its own weights when it is made, and nothing draws them again.
+# Each layer initializes its own weights when it is created: there is no later pass over a model.
 
 
 class Linear(nn.Linear):
@@ -85,7 +85,7 @@ def residual_std(config):
 def attention(q, k, v, dropout=0.0):
     """Causal attention: softmax(q k^T / sqrt(head_size) + mask) v.
 
-    q: (B, n_head, T, head_size), of the last T of S positions; k, v: (B, n_head, S, head_size).
+    q: (B, n_head, T, head_size), for the last T of S positions; k, v: (B, n_head, S, head_size).
     Returns (B, n_head, T, head_size). Each query scores all keys; the mask hides those after its
     own position; softmax turns the scores into weights; the result is the weighted mean of the
     values (Vaswani et al. 2017, section 3.2.1).
@@ -98,7 +98,7 @@ def attention(q, k, v, dropout=0.0):
         if T > 1:
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    # On a CPU in bf16, plain products are faster for short contexts. It is the formula to read.
+    # On a CPU in bf16, plain products are faster for short contexts. This is the formula itself.
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, S)
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device)
     scores += mask.triu(diagonal=S - T + 1)
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward network: four times wider, a nonlinearity, and back."""
+    """Feed-forward network for each position alone: to four times the width, GELU, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -139,7 +139,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, residual_std(config))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, T, n_embd) to the same shape
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
@@ -157,15 +157,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None):  # (B, T, n_embd) to the same shape
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class LanguageModel(nn.Module):
-    """Base class of GPT, Llama and Bigram: counting, positions, generation."""
+    """Base class of GPT, Llama and Bigram. `config` must have block_size and vocab_size."""
 
-    blocks = ()  # of the transformer, in order; a Bigram has none
+    blocks = ()  # the transformer blocks, in order; a Bigram has none
 
     def num_params(self):
         """Number of weights, shared ones counted once."""
@@ -181,13 +181,13 @@ class LanguageModel(nn.Module):
         return torch.arange(start, end, device=idx.device)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
-        """`idx` with the new tokens: (B, T) int64 to (B, T + max_new_tokens); see `stream`."""
+        """Append new tokens: (B, T) int64 to (B, T + max_new_tokens). Settings as in `stream`."""
         tokens = stream(self, idx, max_new_tokens, temperature, top_k, top_p, **kwargs)
         return torch.cat([idx, *tokens], dim=1)
 
 
 # Sizes by name: (n_layer, n_head, n_embd). GPT-3's are from table 2.1 of Brown et al. 2020,
-# arXiv:2005.14165, except 1.3b and 13b, whose printed sizes are not a multiple of their heads.
+# arXiv:2005.14165, except 1.3b and 13b, where the printed n_embd is not a multiple of n_head.
 MODEL_SIZES = {
     'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024),
     'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600),
@@ -238,14 +238,14 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0):
-        """OpenAI's weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl. Needs transformers."""
+        """OpenAI's model: gpt2, gpt2-medium, gpt2-large or gpt2-xl. Needs transformers."""
         from transformers import GPT2LMHeadModel
 
         n_layer, n_head, n_embd = MODEL_SIZES[name]
         model = cls(GPTConfig(1024, 50257, n_layer, n_head, n_embd, dropout, gelu='tanh'))
         theirs = GPT2LMHeadModel.from_pretrained(name).state_dict()
         for key, weight in model.state_dict().items():
-            # OpenAI's layers multiply from the other side: their weights are (in, out).
+            # OpenAI's linear layers compute x @ W: their weights are (in, out), ours (out, in).
             is_swapped = key.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight'))
             weight.copy_(theirs[key].t() if is_swapped else theirs[key])
         return model
@@ -257,24 +257,24 @@ class GPT(LanguageModel):
 def next_token_loss(logits, targets, count=None):
     """Mean cross-entropy in nats: -ln of the probability that the model gave to the next token.
 
-    logits: (..., V). targets: (...) int64; -1 is ignored. count: how many targets the mean is
-    over; None: all of these. Returns a float32 scalar.
+    logits: (..., V). targets: (...) int64; -1 is ignored. count: the sum of the losses is divided
+    by it; None: by the number of targets that are not -1. Returns a float32 scalar.
     """
     logits = logits.flatten(0, -2).float()  # bf16 has too few digits for a log-sum-exp
     total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='sum')
     return total / ((targets != -1).sum().clamp(min=1) if count is None else count)
 
 
-MAX_LOGITS = 1 << 26  # 256 MB in float32: where there would be more, the loss goes in chunks
+MAX_LOGITS = 1 << 26  # 256 MB in float32; the loss of more logits is computed in chunks
 CHUNK = 1024  # tokens
 
 
 class LossInChunks(torch.autograd.Function):
-    """`next_token_loss` of lm_head(x), summed, for CHUNK tokens at a time.
+    """The sum of the losses of lm_head(x), computed for CHUNK tokens at a time.
 
     x: (N, n_embd), targets: (N,), params: those of lm_head. With GPT-2's vocabulary, all logits
-    together are the largest tensor of a training step. Here the gradients of a chunk are computed
-    with its loss, so that its logits can be dropped.
+    together are the largest tensor of a training step. So `forward` computes the gradients of a
+    chunk together with its loss, then drops its logits; `backward` only scales the gradients.
     """
 
     @staticmethod
@@ -282,7 +282,7 @@ class LossInChunks(torch.autograd.Function):
         dx, dparams, total = torch.zeros_like(x), [torch.zeros_like(p) for p in params], 0.0
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):  # not in an evaluation
                 part = x[chunk].detach().requires_grad_()
                 loss = next_token_loss(lm_head(part), targets[chunk], count=1)
             if loss.requires_grad:
@@ -299,10 +299,10 @@ class LossInChunks(torch.autograd.Function):
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
-    """(logits, loss) as `GPT.forward` returns them, from the last hidden states: (B, T, n_embd)."""
+    """(logits, loss) as `GPT.forward` returns them. x: (B, T, n_embd), the last hidden states."""
     if targets is None:
         return lm_head(x[:, -1:]), None
-    # torch.compile saves as much memory by itself, and would compute all chunks first.
+    # torch.compile saves as much memory by itself, but would compute these chunks all at once.
     if loss_only and not torch.compiler.is_compiling() and (
             targets.numel() * lm_head.out_features > MAX_LOGITS):
         total = LossInChunks.apply(x.flatten(0, 1), targets.flatten(), lm_head,
@@ -316,7 +316,7 @@ def logits_and_loss(x, lm_head, targets, loss_only):
 
 
 class KVCache:
-    """Keys and values of one attention layer, for the tokens read so far, at most `max_tokens`."""
+    """Keys and values of one attention layer: of all tokens read so far, at most `max_tokens`."""
 
     def __init__(self, max_tokens):
         self.max_tokens, self.kv = max_tokens, None
@@ -336,11 +336,12 @@ class KVCache:
 @torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
            vocab_size=None):
-    """Yield the next tokens of the B texts in `idx`, a (B, 1) int64 tensor at a time.
+    """Yield the next token of each of the B texts in `idx`, (B, 1) int64, one step after another.
 
     idx: (B, T) int64, T >= 1, of which the last block_size are read. temperature, top_k, top_p:
     see `sample_from`. generator: a torch.Generator on the device of `idx`, for reproducible
     samples. vocab_size: ids from there up are padding of the embedding and are never chosen.
+    Raises ValueError as `sample_from` does.
 
     The prompt is read once, then each step reads one token and finds the earlier ones in the
     cache. Cached keys carry their positions, so a full window can't just slide: its most recent
@@ -369,16 +370,16 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose one token for each row: logits (B, V) float32 to ids (B, 1) int64.
 
-    temperature: below 1 sharpens, above 1 flattens, 0 takes the likeliest token. top_k: only the k
-    likeliest tokens count (Fan et al. 2018, arXiv:1805.04833). top_p: only the likeliest tokens
-    that together reach probability p do (nucleus sampling: Holtzman et al. 2019,
-    arXiv:1904.09751). Raises ValueError for values outside their range.
+    temperature: below 1 sharpens the distribution, above 1 flattens it, 0 takes the likeliest
+    token. top_k: keep the k likeliest tokens (Fan et al. 2018, arXiv:1805.04833). top_p: keep the
+    smallest set of likeliest tokens whose probabilities reach top_p together (nucleus sampling:
+    Holtzman et al. 2019, arXiv:1904.09751). Raises ValueError for values outside their range.
     """
     if not (temperature >= 0 and (top_k is None or top_k >= 1)
             and (top_p is None or 0 < top_p <= 1)):
         raise ValueError(f'temperature={temperature} must be at least 0, top_k={top_k} None or at '
                          f'least 1, and top_p={top_p} None or above 0 and at most 1')
-    if temperature < 1e-6:  # 0, or so little that the logits would overflow
+    if temperature < 1e-6:  # 0, or so small that the logits would overflow
         return logits.argmax(dim=-1, keepdim=True)
     ids = None  # the token id of each column, once top-k or sorting has reordered them
     if top_k is not None and top_k < logits.size(-1):
@@ -387,7 +388,7 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         logits, ids = logits.sort(dim=-1, descending=True)
     probs = F.softmax(logits / temperature, dim=-1)
     if top_p is not None and top_p < 1:
-        # A token stays if those ahead of it have not reached p yet, so the first always stays.
+        # A token stays if those before it have not reached top_p, so the first always stays.
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)
     return choice if ids is None else ids.gather(-1, choice)
@@ -398,23 +399,23 @@ def sample_from(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
 
 @dataclass
 class BigramConfig:
-    """The shape of a Bigram: its table has vocab_size rows; block_size is for the batches alone."""
+    """The shape of a Bigram: a table of vocab_size rows; block_size only shapes the batches."""
 
     block_size: int = 1024
     vocab_size: int = 50304
 
 
 class Bigram(LanguageModel):
-    """A table of logits for the next token given the last one alone: the baseline to beat."""
+    """The baseline to beat: a table with a row of logits of the next token for each last token."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
-        nn.init.zeros_(self.table.weight)  # every next token is equally likely: ln vocab_size
+        nn.init.zeros_(self.table.weight)  # all next tokens are equally likely: loss ln(vocab_size)
 
     def forward(self, idx, targets=None, cache=None, loss_only=False):
-        """As `GPT.forward`, for any number of tokens; there is nothing to cache."""
+        """As `GPT.forward`, but for any number of tokens; there is nothing to cache."""
         if targets is None:
             return self.table(idx[:, -1:]), None
         logits = self.table(idx)  # (B, T, vocab_size)

@@ -4,7 +4,7 @@
     python plot_loss.py out-* --x=seconds --out=runs.svg
 
 A run is a folder with train.py's log.csv; it may still be training. If validation loss rises
-while training loss falls, the model overfits: it learns its text by heart.
+while training loss falls, the model overfits: it memorizes its text.
 """
 
 import csv

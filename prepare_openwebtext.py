@@ -52,7 +52,7 @@ END = TOKENIZER.eot.to_bytes(2, 'little')
 class OpenWebTextConfig:
     dataset: str = 'openwebtext'  # files go to data/<dataset>
     input: str = ''  # a file or folder to use instead of downloading
-    num_proc: int = 0  # workers, each takes 80 MB; 0: one for each core, at most 8
+    num_proc: int = 0  # worker processes of 80 MB each; 0: one per core, at most 8
     val_fraction: float = 0.0005  # fraction of the documents to validate on
 
 

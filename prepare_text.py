@@ -50,9 +50,9 @@ class TextConfig:
     dataset: str = ''  # the name: files go to data/<name>
     tokenizer: str = 'char'  # char; gpt2; a Hugging Face folder or name; a dataset: data/NAME
     val_fraction: float = 0.1  # fraction of the text to validate on
-    test_fraction: float = 0.0  # fraction at the very end, to look at once
-    separate: bool = True  # between files, the tokenizer's end-of-text token; false: a line break
-    errors: str = 'strict'  # replace: U+FFFD in the place of bytes that are not UTF-8
+    test_fraction: float = 0.0  # fraction for a final test; the end of the text
+    separate: bool = True  # put the end-of-text token between files; false: a line break
+    errors: str = 'strict'  # strict: refuse bytes that are not UTF-8; replace: U+FFFD
 
     def __post_init__(self):
         check(self, below_1='val_fraction test_fraction', errors=['strict', 'replace'])

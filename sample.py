@@ -26,21 +26,20 @@ from tokenizer import TextStream, prompt_ids
 @dataclass
 class SampleConfig:
     init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: gpt2, a folder
-    out_dir: str = 'out'  # the folder that train.py wrote: best.pt, else ckpt.pt is taken
-    start: str = '\n'  # the prompt; \n alone is a line break; FILE:path a file, - standard input
+    out_dir: str = 'out'  # the folder that train.py wrote: reads best.pt, or else ckpt.pt
+    start: str = '\n'  # the prompt; \n alone is a line break; FILE:path: a file; -: standard input
     num_samples: int = 3  # how many texts
     max_new_tokens: int = 500  # tokens added to each
-    temperature: float = 0.8  # 1 as the model believes, less is safer, 0 the likeliest token
-    top_k: int | None = 200  # only the k likeliest tokens count; none for all
-    top_p: float | None = None  # only the likeliest tokens that reach this probability together
+    temperature: float = 0.8  # 1: the model's probabilities; lower: safer; 0: the likeliest token
+    top_k: int | None = 200  # keep only the k likeliest tokens; none: all
+    top_p: float | None = None  # keep the likeliest tokens that together reach this probability
     stop: str = ''  # a text ends before this, which is not shown
     end: bool = True  # a text ends at the end-of-text token; false: it continues
     seed: int = 1337  # the same seed, the same texts
-    device: str = 'auto'  # the best there is of cuda, mps, cpu
-    dtype: str = 'auto'  # what the hardware does natively of bfloat16, float16, float32
+    device: str = 'auto'  # the best of cuda, mps, cpu; or one by name, for example cuda:1
+    dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
     quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
     compile: bool = False  # torch.compile: slow to start, faster for very long texts
-
 
     def __post_init__(self):
         """Refuse impossible values before anything slow. Raises UsageError."""
@@ -52,7 +51,7 @@ class SampleConfig:
 
 
 def read_prompt(start):
-    """The text that the setting `start` stands for."""
+    """The prompt that the setting `start` stands for. Raises UsageError or UserError."""
     if start.startswith('FILE:'):
         return read_text(start.removeprefix('FILE:'))
     if start == '-':
@@ -64,12 +63,12 @@ def read_prompt(start):
 
 
 def is_of_compile(error):
-    """Whether an exception is torch.compile's own."""
+    """Whether torch.compile raised this exception."""
     return type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
 
 
 def print_samples(cfg, prompt):
-    """Print `num_samples` texts that go on from `prompt`."""
+    """Print `num_samples` texts that continue `prompt`. Raises UserError."""
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)

@@ -18,10 +18,9 @@ from model import Bigram
 from tokenizer import gives_same_ids
 
 
-
 def from_scratch(cfg, tokenizer):
     """A new model. Raises UserError for a setting that this model doesn't have."""
-    # 50304 is a multiple of 64, which is faster on GPUs; training pushes the padding down.
+    # A multiple of 64 is faster on GPUs; training makes the 47 ids of padding unlikely.
     vocab_size = 50304 if tokenizer.vocab_size == 50257 else tokenizer.vocab_size
     with user_errors(ValueError, 'there can be no such model', 'change the settings'):
         cls, config = class_and_config(vars(cfg), {'vocab_size': vocab_size})
@@ -35,13 +34,15 @@ def from_scratch(cfg, tokenizer):
 
 
 def resumed(cfg, tokenizer, ranks):
-    """The state of a run: out_dir/ckpt.pt, or another file by init_from='resume:FILE'.
+    """The state of a run: out_dir/ckpt.pt, or another file with init_from='resume:FILE'.
 
-    The checkpoint's shape and optimizer override those of the command.
+    The checkpoint's shape, block_size and optimizer override those of the command. Raises
+    UserError.
     """
     own = os.path.join(cfg.out_dir, 'ckpt.pt')
     path = cfg.init_from.partition(':')[2] or own
     ranks.agree_on_file(path)
+    # If sharded, only rank 0 needs the tensors: mmap, so that the others don't read them.
     checkpoint = load_checkpoint(path, mmap=cfg.shard and not ranks.is_main)
     if not gives_same_ids(checkpoint['tokenizer'], tokenizer.state()):
         raise UserError(f'{path} was trained on other tokens than data/{cfg.dataset} has: prepare '
@@ -54,13 +55,13 @@ def resumed(cfg, tokenizer, ranks):
     cfg = replace(
         cfg, block_size=settings.get('block_size', config.block_size),
         optimizer=settings.get('optimizer', 'adamw'),
-        max_iters=max(cfg.max_iters, checkpoint['iter_num']),
+        max_iters=max(cfg.max_iters, checkpoint['iter_num']),  # its updates are done already
     )
     return cfg, cls, config, checkpoint['model'], checkpoint
 
 
 def from_weights(cfg, tokenizer, ranks):
-    """Fine-tuning: the weights of another run, or of Hugging Face, and their shape.
+    """Fine-tuning: the weights of another run, or from Hugging Face, and their shape.
 
     Learned positions are cropped to a shorter block_size. Where the dataset has another alphabet,
     the weights are adapted to it. Raises UserError.
@@ -73,7 +74,7 @@ def from_weights(cfg, tokenizer, ranks):
     cls, config, theirs, wpe = ranks.from_main(found)
     if cfg.eval_only:
         cfg = replace(cfg, block_size=min(cfg.block_size, config.block_size))
-    if wpe is None:
+    if wpe is None:  # positions that are not learned: no limit
         config.block_size = max(cfg.block_size, config.block_size)
     elif cfg.block_size > config.block_size:
         raise UserError(f"block_size={cfg.block_size} exceeds the model's {config.block_size}, "
@@ -98,19 +99,19 @@ def from_weights(cfg, tokenizer, ranks):
 def adapt_alphabet(weights, theirs, ours):
     """Change `weights` in place from the characters `theirs` to `ours`.
 
-    Characters that the model knows keep their rows of the embedding; rows of new ones are drawn.
+    Characters of both keep their rows of the embedding; rows of new ones are initialized.
     """
     old = torch.tensor([theirs.find(char) for char in ours])  # -1: a new one
     for key in weights.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
                                  'lm_head.weight'}:
-        # From the same seed for both matrices, which may be tied.
-        drawn = torch.normal(0, 0.02, (len(old), weights[key].size(1)),
-                             generator=torch.Generator().manual_seed(0))
-        weights[key] = torch.where(old[:, None] < 0, drawn, weights[key][old])
+        # The same seed for both matrices: they may be tied.
+        new_rows = torch.normal(0, 0.02, (len(old), weights[key].size(1)),
+                                generator=torch.Generator().manual_seed(0))
+        weights[key] = torch.where(old[:, None] < 0, new_rows, weights[key][old])
 
 
 def starting_point(cfg, tokenizer, ranks, device, dtype, progress):
-    """Where `cfg` says to start: (cfg with the model's shape, the model, the checkpoint).
+    """Start as `cfg.init_from` says: (cfg with the model's shape, the model, the checkpoint).
 
     The checkpoint is that of a run to resume, or None. Raises UserError.
     """
@@ -121,11 +122,11 @@ def starting_point(cfg, tokenizer, ranks, device, dtype, progress):
         cfg, cls, config, weights, checkpoint = resumed(cfg, tokenizer, ranks)
     else:
         cfg, cls, config, weights, checkpoint = from_weights(cfg, tokenizer, ranks)
-    if hasattr(config, 'dropout'):  # a checkpoint has another one's
+    if hasattr(config, 'dropout'):  # the command's, not the checkpoint's
         config.dropout = cfg.dropout
     model = runtime.new_model(cls, config, weights, device, dtype, cfg.shard, cfg.seed)
     shape = {name: value for name, value in vars(config).items()
-             if hasattr(cfg, name) and name != 'block_size'}  # a window may be shorter
+             if hasattr(cfg, name) and name != 'block_size'}  # cfg's windows may be shorter
     shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
     cfg = replace(cfg, **shape)
     if overridden := [f'{name}={value}' for name, value in vars(cfg).items()

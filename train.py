@@ -47,11 +47,11 @@ class TrainConfig:
     eval_interval: int = 2000  # evaluate, save and show a sample every N iterations
     log_interval: int = 1  # a line and a row of log.csv every N iterations
     eval_iters: int = 200  # batches per evaluation, the same each time; 0: the whole split
-    eval_only: bool = False  # evaluate every split, with perplexity, and stop
+    eval_only: bool = False  # only evaluate, every split, with perplexity
     always_save_checkpoint: bool = True  # false: ckpt.pt only if val improved, or if interrupted
     keep_interval: int = 0  # also keep a checkpoint, ckpt-N.pt, every N iterations; 0: none
     sample_tokens: int = 200  # length of the sample shown at each evaluation; 0: none
-    sample_start: str = '\n'  # how the sample begins
+    sample_start: str = '\n'  # how the sample begins; of a chat model, the question
     wandb_log: bool = False  # log to Weights & Biases too: pip install wandb
     wandb_project: str = 'owt'  # the project there
     wandb_run_name: str = 'gpt2'  # the run's name there
@@ -59,34 +59,34 @@ class TrainConfig:
     dataset: str = 'openwebtext'  # the folder data/<dataset> with train.bin and val.bin
     gradient_accumulation_steps: int = 40  # micro-batches per update, over all processes together
     batch_size: int = 12  # sequences per micro-batch: as many as memory allows
-    block_size: int = 1024  # tokens of context: attention costs its square
+    block_size: int = 1024  # tokens of context; the cost of attention grows with its square
     # model
     init_from: str = 'scratch'  # scratch; resume; a checkpoint; or Hugging Face's: gpt2, a folder
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
     model_size: str = field(  # sets the next three, for example gpt2-medium; see model.py
         default='gpt2', metadata={'resets': ('n_layer', 'n_head', 'n_embd')})
-    n_layer: int | None = None  # depth: how many blocks, one after the other
+    n_layer: int | None = None  # depth: number of blocks, one after another
     n_head: int | None = None  # attention heads; must divide n_embd
     n_embd: int | None = None  # width: length of the vector that represents a token
     dropout: float = 0.0  # 0 for pretraining; 0.1 or 0.2 when the text is small
     bias: bool = False  # gpt: biases in Linear and LayerNorm, as in GPT-2; false is slightly faster
-    gelu: str = 'erf'  # gpt: the exact GELU; tanh is the form of OpenAI's GPT-2 weights
+    gelu: str = 'erf'  # gpt: erf is the exact GELU; tanh the approximation that OpenAI's GPT-2 uses
     n_kv_head: int | None = None  # llama: heads of keys and values; none: n_head
-    qk_norm: bool = True  # llama: norms on queries and keys; steadier, and a lower loss
+    qk_norm: bool = True  # llama: normalize queries and keys; more stable, and a lower loss
     tied: bool = True  # llama: one matrix reads and predicts tokens; false suits small alphabets
     # optimizer
     optimizer: str = 'adamw'  # adamw; muon for the matrices inside blocks, AdamW for the rest
     muon_lr: float = 0.02  # Muon's peak rate; it follows the same schedule
     muon_momentum: float = 0.95  # Muon's decay of the gradient's running mean
-    muon_weight_decay: float = 0.1  # Muon's; its updates are large, so this one matters
+    muon_weight_decay: float = 0.1  # Muon's; matters more than AdamW's, as its updates are larger
     muon_steps: int = 3  # orthogonalization steps per update; 2 are faster but learn less
-    learning_rate: float = 6e-4  # the peak; small models like more: 1e-3 to 8e-3
-    max_iters: int = 600000  # updates in all
+    learning_rate: float = 6e-4  # the peak; small models learn better with more: 1e-3 to 8e-3
+    max_iters: int = 600000  # number of updates
     weight_decay: float = 0.1  # on matrices; never on biases and norms
     beta1: float = 0.9  # AdamW's decay of the gradient's running mean
     beta2: float = 0.95  # AdamW's decay of the squared gradient's; 0.99 for batches of few tokens
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    schedule: str = 'cosine'  # how the rate falls from the peak: cosine, linear, or plateau
+    schedule: str = 'cosine'  # how the rate falls from peak to min_lr: cosine, linear, or plateau
     decay_lr: bool = True  # false: constant rate, and no warmup
     warmup_iters: int = 2000  # iterations of linear rise to the peak
     lr_decay_iters: int | None = None  # iteration at which min_lr is reached; none: max_iters
@@ -95,14 +95,14 @@ class TrainConfig:
     backend: str = 'auto'  # for several processes: nccl on GPUs, gloo on CPU
     device: str = 'auto'  # the best of cuda, mps, cpu; or one by name, for example cuda:1
     dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
-    shard: bool = False  # keep only a part of weights, gradients and moments on each process
-    recompute: bool = False  # compute activations again in backward: less memory, more time
-    compile: bool | None = None  # torch.compile; none: on CUDA only, where it soon pays
+    shard: bool = False  # each process keeps only a part of weights, gradients and optimizer state
+    recompute: bool = False  # compute activations again for gradients: less memory, more time
+    compile: bool | None = None  # torch.compile; none: on CUDA only, where it soon saves time
     peak_tflops: float = 0.0  # peak TFLOP/s of the device, for MFU; 0: look it up
     seed: int = 1337  # seed of initialization, batches and dropout
 
     def __post_init__(self):
-        """Fill in the sizes, and refuse impossible values before anything slow. UsageError."""
+        """Fill in the sizes. Raises UsageError for impossible values, before anything slow."""
         check(self, at_least_1='eval_interval log_interval gradient_accumulation_steps batch_size '
               'block_size max_iters muon_steps n_kv_head', below_1='beta1 beta2 muon_momentum',
               model=MODELS, model_size=MODEL_SIZES, optimizer=OPTIMIZERS, schedule=SCHEDULES,
@@ -118,13 +118,13 @@ class TrainConfig:
 
     @property
     def update_tokens(self):
-        """Tokens that an update learns from, over all processes."""
+        """Tokens in the batch of an update, over all processes."""
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-# How the rate falls from 1, the peak, to 0, min_lr, while `done` goes from 0 to 1. Cosine:
-# Loshchilov & Hutter 2016, arXiv:1608.03983. Plateau: Haegele et al. 2024, arXiv:2405.18392. Add
-# your own here.
+# After the warmup, the rate's way from 1 (the peak) to 0 (min_lr) while `done` goes from 0 to 1.
+# Cosine: Loshchilov & Hutter 2016, arXiv:1608.03983. Plateau: Haegele et al. 2024,
+# arXiv:2405.18392. Add your own here.
 SCHEDULES = {
     'cosine': lambda done: (1 + math.cos(math.pi * done)) / 2,
     'linear': lambda done: 1 - done,
@@ -146,7 +146,7 @@ def learning_rate(cfg, it):
 
 
 def adamw(model, cfg, dtype, params=None):
-    """AdamW for all weights, or for `params`: Loshchilov & Hutter 2017, arXiv:1711.05101."""
+    """[AdamW] for `params`, or all weights: Loshchilov & Hutter 2017, arXiv:1711.05101."""
     params = list(model.parameters() if params is None else params)
     return [torch.optim.AdamW(
         [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': cfg.weight_decay},
@@ -156,11 +156,11 @@ def adamw(model, cfg, dtype, params=None):
 
 
 def muon(model, cfg, dtype):
-    """Muon for the matrices inside blocks, AdamW for the rest.
+    """[AdamW, Muon]: Muon for the matrices inside blocks, AdamW for the rest.
 
-    A module stays out of Muon, as a router should, by an attribute: `self.optimizer = 'adamw'`.
+    `self.optimizer = 'adamw'` in a module, for example a router of experts, keeps it out of Muon.
     """
-    hidden = {p: None for block in model.blocks for module in block.modules()
+    hidden = {p: None for block in model.blocks for module in block.modules()  # an ordered set
               if getattr(module, 'optimizer', None) != 'adamw'
               for p in module.parameters(recurse=False) if p.dim() >= 2}
     rest = [p for p in model.parameters() if p not in hidden]
@@ -169,15 +169,15 @@ def muon(model, cfg, dtype):
         bf16=dtype == torch.bfloat16)]
 
 
-# By the setting `optimizer`: functions that return optimizers, each made with its peak rate, which
-# the schedule scales. Add your own here.
+# By the setting `optimizer`: functions that return a list of optimizers, each with its peak rate,
+# which the schedule scales. Add your own here.
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def training_loss(model, x, y):
-    """The loss that an update lowers, and named parts of it, scalar tensors, for the log.
+    """The loss that an update lowers, and a dict of named parts of it for the log: scalar tensors.
 
-    Add a second loss here, like the balance of experts. Evaluation keeps the plain one.
+    Add a second loss here, for example the balance of experts. Evaluations don't include it.
     """
     _, loss = model(x, y, loss_only=True)
     return loss, {}
@@ -186,38 +186,38 @@ def training_loss(model, x, y):
 def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     """One update of the weights by this rank's next batches: forward, backward, clip, step.
 
-    Returns the loss, the norm of the gradient, and the named parts of the loss, as floats.
+    Returns the loss, the norm of the gradient, and the named parts of the loss: means, as floats.
     """
-    figures, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
+    means, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
         x, y, divisor = next(batches)
-        runtime.sync_gradients(model, micro_step == micro_steps - 1)  # once is enough
+        runtime.sync_gradients(model, micro_step == micro_steps - 1)  # only after the last one
         with amp:
             loss, parts = training_loss(model, x, y)
-        scaler.scale(loss / divisor).backward()  # gradients add up; ranks are averaged
+        scaler.scale(loss / divisor).backward()  # gradients add up, and ranks are averaged
         for name, value in {'loss': loss, **parts}.items():
-            figures[name] += value.detach() / divisor
+            means[name] += value.detach() / divisor
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    figures['norm'] = runtime.gather(norm)  # the same on all ranks
-    means = ranks.sum(torch.stack([*figures.values()])) / ranks.world_size
-    figures = dict(zip(figures, means.tolist()))  # here the host waits for the GPU
-    loss, norm = figures.pop('loss'), figures.pop('norm')
-    if math.isfinite(loss + norm):  # else leave it out: one bad batch must not spoil the weights
+    means['norm'] = runtime.gather(norm)  # the same on all ranks, and so is its mean
+    averaged = ranks.sum(torch.stack([*means.values()])) / ranks.world_size
+    parts = dict(zip(means, averaged.tolist()))  # here the host waits for the GPU
+    loss, norm = parts.pop('loss'), parts.pop('norm')
+    if math.isfinite(loss + norm):  # else skip the update: a bad batch must not spoil the weights
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
     model.zero_grad()
-    return loss, norm, figures
+    return loss, norm, parts
 
 
 @torch.no_grad()
 def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
-    """Mean cross-entropy per token of each split, in nats, by its name; the same on every rank.
+    """A dict by name: each split's mean cross-entropy per token, in nats; the same on every rank.
 
-    Empty if a signal came to stop the run.
+    Empty if a signal came to stop the run. Raises UserError if a split has no target.
     """
     losses = {}
     model.eval()
@@ -241,7 +241,7 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
 
 
 def measure_best_again(run, model, cfg, data, measure, progress):
-    """If validation losses are measured in another way than before, measure best.pt again."""
+    """Measure best.pt again if its validation loss is not comparable with the new ones."""
     windows = cfg.eval_iters * cfg.batch_size
     measured_on = dict(sha256=data.sha256, tokens=data.splits['val'].tokens, windows=windows,
                        block_size=cfg.block_size, seed=cfg.seed if windows else None)
@@ -259,7 +259,7 @@ def measure_best_again(run, model, cfg, data, measure, progress):
 
 
 def sample_text(model, tokenizer, cfg, device, amp):
-    """A short sample of the current model, or its answer, each line after a bar."""
+    """A short sample of the current model, or its answer to sample_start, to print."""
     encode = question_ids if tokenizer.chat_template else prompt_ids
     try:
         ids = encode(tokenizer, cfg.sample_start)
@@ -297,7 +297,7 @@ def train(cfg, catch_signals=False):
     with (
         console.locked(cfg.out_dir) if writes else nullcontext(),
         torch.accelerator.device_index(device.index),
-        # of its own device alone: to ask others for their state starts CUDA on each of them
+        # the state of this device alone: to read that of others would start CUDA on each of them
         torch.random.fork_rng([] if device.type == 'cpu' else [device], device_type=device.type),
         ranks.joined(device, cfg.backend), runtime.out_of_memory(remedy),
     ):
@@ -314,10 +314,10 @@ def set_up(cfg, data, ranks, device, dtype, progress):
     cfg, model, checkpoint = starting_point(cfg, data.tokenizer, ranks, device, dtype, progress)
     optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, dtype)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group['lr_scale'] = group['lr'] / (cfg.learning_rate or 1)  # its own peak by the setting
+        group['lr_scale'] = group['lr'] / (cfg.learning_rate or 1)  # Muon's peak is another one
     # In float16 small gradients underflow, so the loss is scaled up during backward.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # The numbers that survive a restart: another one needs only to be added here.
+    # The numbers that a checkpoint keeps for a resumed run. Add your own here.
     run = dict(iter_num=0, best_val_loss=math.inf, measured_on=None, tokens=0, skipped=0,
                seconds=0.0, wandb_id=None)
     if checkpoint and not cfg.eval_only:
@@ -333,9 +333,9 @@ def set_up(cfg, data, ranks, device, dtype, progress):
 
 
 def training_run(cfg, data, ranks, device, dtype, stop, progress):
-    """Look, learn and tell, in turn, until max_iters. Returns the best validation loss."""
+    """Evaluate, update and report, in turn, until max_iters. Returns the best validation loss."""
     cfg, raw, optimizers, scaler, run = set_up(cfg, data, ranks, device, dtype, progress)
-    # Matrix products are in `dtype`; operations that need more digits stay in float32.
+    # Matrix products are in `dtype`; operations that need more precision stay in float32.
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     measure = partial(evaluate, cfg=cfg, ranks=ranks, device=device, amp=amp, stop=stop,
                       progress=progress)
@@ -350,18 +350,18 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     model = runtime.wrap(raw, cfg, ranks, device, amp, splits['train'])
     peak_speed = runtime.peak_speed(raw, cfg, ranks, device, dtype)
     log = Log(cfg, run, ranks.is_main)
-    bad_in_a_row, saved, look_seconds, times = 0, None, 0.0, deque(maxlen=20)  # of updates
+    saved_path, bad_in_a_row, eval_seconds, times = None, 0, 0.0, deque(maxlen=20)  # of updates
     began = time.perf_counter() - run['seconds']
 
-    for it in range(run['iter_num'], cfg.max_iters + 1):  # one more turn than updates, to look
-        # --- look: evaluate, save, sample
+    for it in range(run['iter_num'], cfg.max_iters + 1):  # the last turn only evaluates
+        # --- evaluate, save, sample
         before, losses, improved, is_last = time.perf_counter(), {}, False, it == cfg.max_iters
         if it % cfg.eval_interval == 0 or is_last:
             losses = measure(model, splits)
         if losses:
             # <=, not <: after a crash between two saves, the same loss must count as the best again
             improved = it > 0 and losses['val'] <= run['best_val_loss']
-            if improved or (it == 0 and cfg.init_from != 'scratch'):  # fine-tuning must improve
+            if improved or (it == 0 and cfg.init_from != 'scratch'):  # fine-tuning must beat this
                 run['best_val_loss'] = losses['val']
             progress.print_line(f'step {it}: train loss {losses["train"]:.4f}, val loss '
                                 f'{losses["val"]:.4f}' + ' (the best so far)' * improved)
@@ -374,16 +374,16 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         stopping = ranks.any(stop.received)
         is_kept = cfg.keep_interval and it % cfg.keep_interval == 0
         if improved or (times and (stopping or is_kept or losses and cfg.always_save_checkpoint)):
-            saved = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
-                             improved, is_kept, is_evaluated=bool(losses))
+            saved_path = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
+                                  improved, is_kept, is_evaluated=bool(losses))
         if losses:
             if cfg.sample_tokens:
                 progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
-            look_seconds = time.perf_counter() - before
+            eval_seconds = time.perf_counter() - before
         if is_last or stopping:
             break
 
-        # --- learn: one update
+        # --- one update
         seed = np.random.SeedSequence((cfg.seed, it, ranks.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))  # for dropout: the same if resumed, another on each rank
         rate, before = learning_rate(cfg, it), time.perf_counter()
@@ -391,12 +391,12 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             group['lr'] = rate * group['lr_scale']
         loss, norm, parts = update(model, batches, cfg, optimizers, scaler, amp, ranks)
 
-        # --- tell: progress line, log
+        # --- report: progress line, log
         times.append(time.perf_counter() - before)
         seconds = median(times)
         speed, is_finite = cfg.update_tokens / seconds, math.isfinite(loss + norm)
         mfu = round(speed / peak_speed, 4) if peak_speed else None
-        left = hms((seconds + look_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1))
+        left = hms((seconds + eval_seconds / cfg.eval_interval) * (cfg.max_iters - it - 1))
         line = (f'iter {it}: loss {loss:.4f}, time {1e3 * seconds:.2f}ms, {left} left, '
                 f'{speed:,.0f} tok/s, epoch {row["epochs"]:.2f}'
                 + (f', mfu {mfu:.1%}' if mfu else ''))
@@ -419,13 +419,13 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
-    stop.received = stop.received or stopping * signal.SIGTERM  # perhaps another process's
-    print_end(cfg, run, saved, stopping, data.tokenizer, progress)
+    stop.received = stop.received or stopping * signal.SIGTERM  # another process got it
+    print_end(cfg, run, saved_path, stopping, data.tokenizer, progress)
     return run['best_val_loss']
 
 
-def print_end(cfg, run, saved, stopping, tokenizer, progress):
-    """Print where the results are, and what to type next."""
+def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
+    """Print where the results are, and what to type next. saved_path: the last state, or None."""
     if not stopping:
         script = 'chat.py' if tokenizer.chat_template else 'sample.py'
         script = os.path.relpath(Path(__file__).resolve().with_name(script))
@@ -433,11 +433,12 @@ def print_end(cfg, run, saved, stopping, tokenizer, progress):
         progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'
                             f', weights in {cfg.out_dir}\nnow: {command}')
         return
-    # A run that was in out_dir before may have kept its ckpt.pt.
-    path = '' if saved and saved.endswith('ckpt.pt') else f':{saved} and another --out_dir'
-    saved = f'{saved} is saved: to resume, add --init_from=resume{path}' if saved else (
-        'nothing new to save')
-    progress.print_line(f'stopped at iteration {run["iter_num"]}; {saved}')
+    result = 'nothing new to save'
+    if saved_path:
+        # It is stopped-N.pt if out_dir still contains the ckpt.pt of an earlier run.
+        file = '' if saved_path.endswith('ckpt.pt') else f':{saved_path} and another --out_dir'
+        result = f'{saved_path} is saved: to resume, add --init_from=resume{file}'
+    progress.print_line(f'stopped at iteration {run["iter_num"]}; {result}')
 
 
 def main(argv):

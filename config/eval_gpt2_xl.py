@@ -5,4 +5,4 @@ init_from = 'gpt2-xl'
 dataset = 'openwebtext'
 eval_only = True
 batch_size = 8
-eval_iters = 500  # more than in training, for a sure figure
+eval_iters = 500  # more than in training, for a more precise loss

@@ -1,6 +1,6 @@
-# OpenAI's largest GPT-2 reads Shakespeare, for a few updates: on a GPU with 40 GB, after
+# Fine-tune OpenAI's largest GPT-2 on Shakespeare, for a few updates: on a GPU with 40 GB, after
 # pip install transformers. With less memory or time: --init_from=gpt2 or gpt2-medium.
-# How long it takes and the loss to expect are not measured here yet.
+# Its time and loss have not been measured yet.
 
 init_from = 'gpt2-xl'
 out_dir = 'out-shakespeare'

@@ -1,10 +1,10 @@
-# Go on from a model of yours: the one that learnt Shakespeare now reads the Wizard of Oz.
+# Fine-tune a model of your own: one that was trained on Shakespeare, on the Wizard of Oz.
 # First: python train.py config/train_shakespeare_char.py
-# From the README's CPU model it takes 43 s on two slow cores, and the validation loss falls to
-# 1.768: --init_from=out-cpu
+# With --init_from=out-cpu, the README's CPU model, it takes 43 s on two slow cores, and the
+# validation loss falls to 1.768.
 #
-# Letters that both texts have keep what was learnt of them, new ones (curly quotes) start afresh.
-# The shape of the model comes from the checkpoint.
+# Characters of both texts keep their embeddings; those of new ones, such as curly quotes, are
+# initialized. The shape of the model comes from the checkpoint.
 
 init_from = 'out-shakespeare-char'  # a checkpoint, its folder, or gpt2 for OpenAI's weights
 out_dir = 'out-finetune-wizard'
@@ -20,7 +20,7 @@ batch_size = 32
 block_size = 64  # at most the checkpoint's
 dropout = 0.1
 
-learning_rate = 3e-4  # a third of what it was trained with: it is to adapt, not to forget
+learning_rate = 3e-4  # a third of the original peak, so that it adapts without forgetting
 min_lr = 3e-5
 warmup_iters = 10
 max_iters = 300

@@ -1,4 +1,4 @@
-"""How fast prepare_openwebtext.py is, beside tiktoken alone, and how much memory it takes.
+"""Measure the speed of prepare_openwebtext.py, compared with tiktoken alone, and its memory.
 
     python tests/bench_openwebtext.py --text=a.txt,b.txt              # 1 GB of text
     python tests/bench_openwebtext.py --text=a.txt --megabytes=60 --rounds=3
@@ -6,8 +6,8 @@
 Shuffles the paragraphs of the texts into documents as long as OpenWebText's, packs them as it is
 published, and then by turns measures tiktoken's raw limit (each core runs encode_ordinary on
 documents that are in memory already, and throws the ids away), the script's start-up (some short
-documents), and the script from its start to its end. Where others use the machine, the figures per
-second of processor time say more than those per second.
+documents), and the script from its start to its end. If others use the machine, the figures per
+second of processor time are more reliable than those per second.
 """
 
 import io
@@ -103,7 +103,7 @@ def raw_limit(texts, processes):
 
 
 def tree(pid):
-    """A process and all that it started."""
+    """A process and all processes that it started."""
     yield pid
     for task in os.listdir(f'/proc/{pid}/task'):
         with open(f'/proc/{pid}/task/{task}/children') as file:
@@ -125,7 +125,7 @@ def watch_memory(pid, peak):
                 return
         peak['rss'] = max(peak.get('rss', 0), rss / 1e3)
         peak['processes'] = max(peak.get('processes', 0), count)
-        time.sleep(0.5)  # to look takes some milliseconds
+        time.sleep(0.5)  # each look takes some milliseconds
 
 
 def run_script(corpus, folder, num_proc):

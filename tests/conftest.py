@@ -13,8 +13,8 @@ import sys
 import tempfile
 import types
 
-# Tests see no GPU: once torch has used one, or only a thread for its gradients, scripts could no
-# longer be forked. Those of test_gpu.py get the first one back.
+# Tests see no GPU: once torch has used one, or only a thread for its gradients, scripts can no
+# longer be forked. test_gpu.py gets the first GPU back.
 GPU = {'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0')}
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
@@ -27,7 +27,7 @@ import prepare_text
 from console import Progress
 
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # its threads would not survive a fork
-os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: the models here are too small to share
+os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: their models are small
 torch.set_num_threads(1)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -53,7 +53,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """Drawing takes longer than these trainings do, so only its own tests do it."""
+    """Drawing is slower than these training runs, so only test_plot.py does it."""
     if request.module.__name__ != 'test_plot':
         monkeypatch.setattr('plot_loss.draw', lambda *_: None)
 
@@ -174,7 +174,7 @@ def free_port():
 
 
 def rank_of(rank, processes, port):
-    """What torchrun tells a process. Each machine has two of them."""
+    """The environment variables that torchrun sets, for machines of two processes each."""
     return {'RANK': str(rank), 'LOCAL_RANK': str(rank % 2), 'WORLD_SIZE': str(processes),
             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
 

@@ -1,10 +1,10 @@
-"""Run the CUDA path where there is no GPU, on fake tensors: with all but the numbers.
+"""Run the CUDA path without a GPU, on fake tensors, which have everything except numbers.
 
     python tests/fake_cuda.py fake_cuda.so    # the compiled fake_cuda.cpp; test_cuda.py starts it
 
 A fake tensor has a device, a dtype and a shape. So a mixture of devices or dtypes fails as on a
 GPU, and each time that the host waits for the GPU can be counted: for a number, or for a copy that
-is not from pinned memory. What a kernel does by itself is not seen.
+is not from pinned memory. What happens inside a kernel cannot be detected.
 
 Each line of the input is a request, a dict in JSON: `code` to run in the folder `cwd` with the
 scripts in `root`; whether on a `fake` GPU; and as rank 0 of how many `ranks`. Each line of the
@@ -81,7 +81,7 @@ class FakeStream:
 
 
 def pretend_ranks(ranks, report):
-    """Make this process rank 0 of several, by torch's fake process group: nobody else is there."""
+    """Make this process rank 0 of several, with torch's fake process group: no others exist."""
     from torch.distributed import device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -117,7 +117,7 @@ class FakeGPU(FakeTensorMode):
         self.root, self.waits = root, waits
 
     def dispatch(self, op, types, args=(), kwargs=None):
-        """Run an operation of torch: here all of them come by."""
+        """Run an operation of torch; torch calls this for each of them."""
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], FakeTensor) else None
         if op is aten._local_scalar_dense.default:  # item(), bool(), float()

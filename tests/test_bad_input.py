@@ -1,7 +1,7 @@
-"""Whatever is wrong with what a user gives us: one line, value and remedy, nothing left behind.
+"""Wrong input of any kind ends with one line: the value and the remedy. No files are left behind.
 
-Each row: a script, its arguments, words that the message must have, and what to spoil beforehand.
-Those marked `real` run as processes of their own; the rest share this one.
+Each row: a script, its arguments, words that the message must contain, and a function that prepares
+the mistake. Rows marked `real` run in their own process; the others run in this one.
 """
 
 import contextlib
@@ -282,7 +282,7 @@ TABLE = {
 
 @pytest.fixture
 def place(tiny, monkeypatch):
-    """The folder with the dataset `tiny`, and whatever a row changes undone afterwards."""
+    """The folder with the dataset `tiny`; undoes afterwards all that a row changes."""
     modules, variables = dict(sys.modules), dict(os.environ)
     monkeypatch.setattr(prepare_text, 'PREPARE', dict(prepare_text.PREPARE))
     yield tiny
@@ -295,7 +295,7 @@ def place(tiny, monkeypatch):
 
 
 def run_here(name, *args):
-    """The script's own entry point, in this process: (exit code, standard error)."""
+    """Call a script's entry point in this process; returns (exit code, standard error)."""
     error = io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
         patch.setattr(sys, 'argv', [name, *args])
@@ -336,7 +336,7 @@ def test_the_table_is_long_enough():
 
 
 def test_a_missing_meta_json_means_gpt2_ids(place):
-    """As nanoGPT leaves them; so a char model, or one of another vocabulary, cannot go on."""
+    """nanoGPT writes none for GPT-2 ids. Models of other tokens cannot be trained on them."""
     raw_gpt2_ids()
     trained(dataset='theirs', sample_tokens=0)()
     prepare_text.prepare('abc' * 1000, 'abc')

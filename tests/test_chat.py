@@ -66,7 +66,7 @@ def asked(folder):
 
 @pytest.fixture
 def taught(asked):
-    """A run in `out` that has learned from them, though not much."""
+    """A short run on these questions, in the folder out."""
     train.train(train.TrainConfig(**CHAT | dict(max_iters=30, eval_interval=30)))
     return asked
 
@@ -83,7 +83,7 @@ def rows(tokenizer, split, block_size, begins):
             for a, b in zip(x.tolist(), y.tolist())]
 
 
-# --- what the files contain
+# --- the files
 
 
 def test_a_dataset_contains_texts_by_the_template_and_which_of_them_count(asked):
@@ -345,7 +345,7 @@ def test_micro_batches_and_ranks_weigh_by_their_targets(asked):
         batches = training_batches(split, cfg, ranks, CPU, 0)
         for _ in range(2):
             x, y, divisor = next(batches)
-            losses = torch.where(y >= 0, x.double(), 0).sum()  # any figure of each target
+            losses = torch.where(y >= 0, x.double(), 0).sum()  # any number for each target
             sums += losses / (y >= 0).sum() / divisor / 2  # ranks are averaged
             total += (y >= 0).sum()
     cfg.batch_size, cfg.gradient_accumulation_steps = 8, 1
@@ -518,7 +518,7 @@ def test_answers_follow_from_the_seed(taught):
 
 
 def in_terminal(*args, typed, end):
-    """What chat.py shows in a terminal while lines are typed, one at each prompt; its exit code."""
+    """Type a line at each prompt of chat.py in a terminal: (its output, its exit code)."""
     pid, terminal = pty.fork()
     if not pid:
         os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'chat.py'), *args])
@@ -576,7 +576,7 @@ def test_wrong_flags_are_one_line(taught, args, wrong):
         chat.main(args)
 
 
-def test_a_model_of_plain_text_is_told(tiny):
+def test_a_model_of_plain_text_is_refused(tiny):
     train.train(train.TrainConfig(**TINY))
     with pytest.raises(UserError, match='prepare_chat.py'):
         chat.main(['--out_dir=out', '--device=cpu'])

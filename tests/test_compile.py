@@ -20,7 +20,7 @@ RUN = TINY | dict(sample_tokens=0, compile=True, max_iters=4, eval_interval=2)
 
 @pytest.fixture
 def counter(monkeypatch):
-    """A backend for torch.compile that counts graphs, and runs them as they are."""
+    """A backend for torch.compile that counts graphs and runs them without compiling."""
     torch._dynamo.reset()
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, 'compile', lambda net, **options: (
@@ -39,7 +39,7 @@ def breaks():
     dict(dtype='bfloat16'),
 ], ids=str)
 def test_a_training_run_needs_two_graphs(tiny, counter, settings):
-    """One to train and one to evaluate; a whole split, with its short end, in the same one."""
+    """One to train and one to evaluate. The last, short window of a split needs no other."""
     train.train(TrainConfig(**RUN | settings))
     assert counter.frame_count == 2 and not breaks()
 
@@ -54,7 +54,7 @@ def test_the_loss_in_chunks_adds_no_graph(tiny, counter, monkeypatch):
 @pytest.mark.parametrize('settings, graphs', [({}, 2), (dict(shard=True, n_layer=12), 6)],
                          ids=['copied', 'sharded'])
 def test_graphs_of_several_processes(tiny, monkeypatch, settings, graphs):
-    """Of twelve sharded layers, six: blocks share theirs."""
+    """Twelve sharded layers need six graphs: blocks of one shape have one graph."""
     def counted(*args):
         counter, compile = CompileCounter(), torch.compile
         torch.compile = lambda model: compile(model, backend=counter)
@@ -126,7 +126,7 @@ def test_recomputed_activations_give_the_same_run_to_the_bit(tiny, monkeypatch, 
 
 
 def test_recomputing_holds_fewer_activations(tiny, monkeypatch):
-    """Bytes that are kept from the forward pass for the backward pass."""
+    """Counts the bytes that the forward pass keeps for the backward pass."""
     training_loss, held = train.training_loss, {}
 
     def watched(net, x, y):

@@ -1,6 +1,6 @@
-"""The CUDA path where there is no GPU: whole runs on fake tensors, in a process of their own.
+"""The CUDA path without a GPU: whole runs on fake tensors, in their own process.
 
-fake_cuda.py has the fake GPU, and says what it can see. test_gpu.py is for a real one.
+fake_cuda.py contains the fake GPU, and lists what it can detect. test_gpu.py is for a real GPU.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ BIGRAM = dict(model='bigram', n_layer=None, n_head=None, n_embd=None)
 LLAMA = dict(model='llama', n_kv_head=1)
 TRAIN = 'import train\ntrain.train(train.TrainConfig(**{}))'
 
-# A prompt in two parts, then a text: all ways in which a cache is filled.
+# A prompt in two parts, then new tokens: all the ways to fill a cache.
 PROMPT = '''
 import torch
 from llama import MODELS
@@ -105,7 +105,7 @@ def cuda(library, tmp_path_factory):
 
 
 def waits(report, function):
-    """How often the host waited for the GPU in a function, and in all that it called."""
+    """How often the host waited for the GPU in a function and the functions that it called."""
     return sum(count for names, count in report.waits.items() if function in names.split('/'))
 
 
@@ -142,7 +142,7 @@ def test_a_training_run(cuda, name):
 
 
 def test_the_random_state_of_other_devices_is_left_alone(cuda):
-    """To ask for it would start CUDA, on each GPU, with a warning."""
+    """To read it would start CUDA on each GPU, with a warning."""
     assert cuda.train(**BIGRAM, device='cuda:1').seeded == ['cuda:1']
     assert cuda.train(**BIGRAM, device='cpu', fake=False).seeded == []
 
@@ -224,8 +224,8 @@ def test_a_prompt_in_two_parts(cuda, name):
     assert run.waits == {'': run.waits['']}  # of .to('cuda'), above, which no script calls
 
 
-# What must be seen: the code that shows it, the edit, and the function that waits, or None if
-# there is an error instead.
+# Mistakes that must be detected: the code to run, the function that waits (None: there is an error
+# instead), and the edit: a file, the old text and the new one.
 SLIPS = {
     'positions on the CPU': (
         PROMPT.format('gpt'), None,
@@ -256,7 +256,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize('slip', SLIPS)
-def test_a_slip_is_seen(cuda, source, slip):
+def test_a_mistake_is_detected(cuda, source, slip):
     code, function, file, *change = SLIPS[slip]
     edited(source, file, change)
     run = cuda.ask(code, root=source)

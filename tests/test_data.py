@@ -98,7 +98,7 @@ def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
     assert contents('data/my') == before
 
 
-def test_two_do_not_prepare_one_dataset_at_once(folder):
+def test_two_processes_do_not_prepare_one_dataset_at_once(folder):
     with console.locked('data/my'):
         with pytest.raises(UserError, match='another process is writing into data/my'):
             prepare_text.prepare('some text ' * 10, 'my')
@@ -127,8 +127,8 @@ def test_a_wrong_name_is_refused_before_a_download(folder):
     ('utf-16', ''), ('utf-16-be', '\ufeff'), ('utf-16-le', ''), ('utf-16-be', ''),
     ('utf-32', ''), ('utf-32-le', ''), ('utf-32-be', ''), ('utf-32-be', '\ufeff'),
 ])
-def test_text_of_another_width_is_named(folder, encoding, bom):
-    """Without a mark, too: as UTF-8 it would be text with a NUL at every second place."""
+def test_utf_16_and_utf_32_are_named(folder, encoding, bom):
+    """Also without a byte-order mark: read as UTF-8, every second character would be NUL."""
     (folder / 'my.txt').write_bytes((bom + 'Dorothy’s café\n' * 99).encode(encoding))
     kind = encoding[:6].upper()
     with pytest.raises(UserError, match=f'my.txt: it is {kind}, not UTF-8.*iconv -f {kind} ') as e:
@@ -140,7 +140,7 @@ def test_text_of_another_width_is_named(folder, encoding, bom):
     (gzip.compress(b'some text'), 'gzip'), (b'PK\3\4docx', 'zip'), (b'%PDF-1.7', 'PDF'),
     (lzma.compress(b'text'), 'xz'), (bz2.compress(b'text'), 'bzip2'),
 ])
-def test_files_that_are_no_text_are_named(folder, data, kind):
+def test_files_that_are_not_text_are_named(folder, data, kind):
     (folder / 'my.txt').write_bytes(data)
     with pytest.raises(UserError, match=f'it is {kind}'):
         prepare_text.read_text('my.txt', 'replace')
@@ -161,7 +161,7 @@ def test_broken_bytes_are_counted_and_may_be_replaced(folder, data, count, posit
 
 
 def test_a_split_of_one_token_is_refused_when_prepared(folder):
-    """In tokens: a text of many characters may have few."""
+    """Counted in tokens: a text of many characters may have few."""
     with pytest.raises(UserError, match='19 train, 1 val tokens: each split needs two'):
         prepare_text.prepare('abcdefghij' * 2, 'x', val_fraction=0.05)
     assert not os.path.exists('data/x')
@@ -185,7 +185,7 @@ def test_every_format_is_recognized(folder, data):
         prepare_text.read_text('my.txt')
 
 
-def test_signs_of_a_format_within_a_text_are_text(folder):
+def test_the_signature_of_a_format_inside_a_text_is_text(folder):
     text = 'a text on PK, %PDF, BZh, Rar! and {\\rtf\nPAR1 a\0\0b\n'
     (folder / 'my.txt').write_text(text)
     assert prepare_text.read_text('my.txt') == text
@@ -236,7 +236,7 @@ BOOK = (
 
 
 class Answer(io.BytesIO):
-    """What a web server sends."""
+    """A web server's answer."""
 
     url = 'https://example.org/'
 
@@ -260,7 +260,7 @@ def test_wizard_from_the_web_is_stripped_and_kept(folder, monkeypatch):
     assert sum(meta['tokens'].values()) == 200 * len('“Dorothy’s dog,” she said.\n')
 
 
-def test_a_book_that_came_in_part_is_not_kept(folder, monkeypatch, capsys):
+def test_an_incomplete_book_is_not_kept(folder, monkeypatch, capsys):
     monkeypatch.setattr(urllib.request, 'urlopen',
                         lambda url, timeout: Answer(BOOK[:3000].encode()))
     prepare_wizard_char.main([])

@@ -28,7 +28,7 @@ def test_many_processes_equal_one(tiny, capfd, processes):
     capfd.readouterr()
     train_together(train.TrainConfig(**RUN | dict(out_dir='many')), processes)
     out, err = capfd.readouterr()
-    assert out.count('step 20:') == 1  # one process speaks
+    assert out.count('step 20:') == 1  # only one process prints
     assert [it for it, *_ in steps(out)] == [0, 10, 20]
     for one, many in zip(losses('alone'), losses('many'), strict=True):
         assert many == pytest.approx(one, rel=1e-5)
@@ -36,7 +36,7 @@ def test_many_processes_equal_one(tiny, capfd, processes):
         load_checkpoint('alone/ckpt.pt')['model'].keys())
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tiny, monkeypatch):
+def test_a_batch_that_cannot_be_divided_is_refused(tiny, monkeypatch):
     for name, value in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
                            ('0', '0', '2', 'localhost', '1')):
         monkeypatch.setenv(name, value)
@@ -64,8 +64,8 @@ def two_nodes(arguments):
 
 
 def test_two_nodes_equal_one(tiny):
-    """The two-node form, both nodes on this machine."""
-    for _ in range(3):  # somebody else may take the free port before torchrun does
+    """The two-node command, with both nodes on this machine."""
+    for _ in range(3):  # another program may take the free port before torchrun does
         codes, outputs = two_nodes(flags(**RUN | dict(out_dir='nodes')))
         if codes == [0, 0]:
             break
@@ -77,7 +77,7 @@ def test_two_nodes_equal_one(tiny):
 
 
 def test_a_missing_dataset_is_made_once(tiny, monkeypatch, capfd):
-    """By the first process, while the others wait; the table names the script."""
+    """By the first process, with the script that PREPARE names, while the others wait."""
     monkeypatch.setitem(prepare_text.PREPARE, 'story',
                         f'prepare_text.py {tiny}/story.txt --dataset=story')
     with open(STORY, encoding='utf-8') as file:

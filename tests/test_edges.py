@@ -1,4 +1,4 @@
-"""Edges: what is refused, kept, told or counted where a run meets another than the usual case."""
+"""Edge cases: unusual input, files and events, and how a run handles them."""
 
 import contextlib
 import csv
@@ -94,7 +94,7 @@ def same_weights(a, b):
 
 
 @pytest.mark.parametrize('more', ['', '☃☂'], ids=['as many characters', 'more characters'])
-def test_a_run_does_not_go_on_with_another_alphabet(tiny, error_of, more):
+def test_a_run_is_not_resumed_with_another_alphabet(tiny, error_of, more):
     run()
     before = contents('out')
     with open(STORY, encoding='utf-8') as file:
@@ -173,7 +173,7 @@ def log_of_another_type(checkpoint):
     best_loss_of_another_type, log_of_another_type, negative_iteration,
 ], ids=lambda function: function.__name__)
 def test_a_malformed_checkpoint_is_not_resumed(tiny, error_of, spoil):
-    """There is no update left to make, which might write where it must not."""
+    """With no update left to make; an update might write to wrong memory."""
     run(max_iters=2)
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     spoil(checkpoint)
@@ -184,7 +184,7 @@ def test_a_malformed_checkpoint_is_not_resumed(tiny, error_of, spoil):
 
 
 def test_moments_are_the_same_in_any_layout(tiny):
-    """The fused optimizer goes through the memory of weights and moments side by side."""
+    """The fused optimizer expects weights and moments in the same memory layout."""
     run(max_iters=3, lr_decay_iters=6)
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     run(init_from='resume', max_iters=6)
@@ -198,15 +198,15 @@ def test_moments_are_the_same_in_any_layout(tiny):
     assert same_weights(load_checkpoint('out/ckpt.pt'), expected)
 
 
-def test_a_finetuning_run_goes_on_with_the_shape_of_its_checkpoint(tiny, capsys):
-    """The command names no shape, so that the flags have another one."""
+def test_a_finetuning_run_is_resumed_with_the_shape_of_its_checkpoint(tiny, capsys):
+    """The command names no shape, and the defaults are different."""
     run(out_dir='first', n_layer=1, n_embd=16, bias=True)
     run(init_from='first', out_dir='tuned', max_iters=4)
     capsys.readouterr()
     run(init_from='resume', out_dir='tuned', max_iters=6)
     (note,) = re.findall('from the checkpoint: .*', capsys.readouterr().out)
-    for told in ('n_layer=1', 'n_embd=16', 'bias=True'):
-        assert told in note
+    for setting in ('n_layer=1', 'n_embd=16', 'bias=True'):
+        assert setting in note
     assert 'block_size' not in note and 'n_head' not in note  # these agree
     checkpoint = load_checkpoint('tuned/ckpt.pt')
     assert checkpoint['iter_num'] == 6 and checkpoint['model_args']['n_embd'] == 16
@@ -241,32 +241,32 @@ def test_a_longer_run_keeps_the_last_evaluation_of_the_shorter_one(tiny):
     assert float(rows[6]['val_loss']) == pytest.approx(float(losses['6']), rel=1e-6)
 
 
-# --- what is in out_dir
+# --- the files in out_dir
 
 
-def test_the_same_command_again_keeps_the_former_run(tiny, capsys):
+def test_the_same_command_again_keeps_the_previous_run(tiny, capsys):
     run()
-    former = contents('out')
-    assert {'ckpt.pt', 'best.pt', 'log.csv'} <= former.keys()
+    previous = contents('out')
+    assert {'ckpt.pt', 'best.pt', 'log.csv'} <= previous.keys()
     capsys.readouterr()
     run(seed=1)
     out = capsys.readouterr().out
     assert len(re.findall(r'^the previous run in out .*out/previous$', out, re.M)) == 1
-    assert contents('out/previous') == former
+    assert contents('out/previous') == previous
     assert [int(row['iteration']) for row in log_rows()] == list(range(7))
     second = {name: data for name, data in contents('out').items() if '/' not in name}
-    assert second['ckpt.pt'] != former['ckpt.pt']
+    assert second['ckpt.pt'] != previous['ckpt.pt']
     run(seed=2)
-    assert contents('out/previous-1') == former and contents('out/previous') == second
+    assert contents('out/previous-1') == previous and contents('out/previous') == second
     third = contents('out')['ckpt.pt']
     run(seed=3)
-    assert contents('out/previous-1') == former and contents('out/previous-2') == second
+    assert contents('out/previous-1') == previous and contents('out/previous-2') == second
     assert contents('out/previous')['ckpt.pt'] == third
 
 
-def test_a_kill_or_an_error_while_a_former_run_is_moved_loses_nothing(tiny, monkeypatch):
+def test_a_kill_or_an_error_while_a_previous_run_is_moved_loses_nothing(tiny, monkeypatch):
     run()
-    former, rename = contents('out'), os.rename
+    previous, rename = contents('out'), os.rename
 
     def failing(source, target):
         if str(source).endswith('ckpt.pt'):
@@ -281,20 +281,20 @@ def test_a_kill_or_an_error_while_a_former_run_is_moved_loses_nothing(tiny, monk
     run(seed=2)
     run(seed=3)
     kept = contents('out/previous-1') | contents('out/previous-2')
-    assert {name: kept[name] for name in former} == former
+    assert {name: kept[name] for name in previous} == previous
 
 
 def test_a_log_without_its_checkpoints_is_moved_as_well(tiny):
     run()
-    former = contents('out')
+    previous = contents('out')
     os.remove('out/ckpt.pt')
     os.remove('out/best.pt')
     run(seed=1)
-    assert contents('out/previous')['log.csv'] == former['log.csv']
+    assert contents('out/previous')['log.csv'] == previous['log.csv']
 
 
 def test_more_tokens_than_rows_are_refused(tiny):
-    """They would fail in the middle of a run, with the first of them."""
+    """Otherwise the run would fail at the first batch that contains one of them."""
     run(max_iters=1)
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     state = checkpoint['tokenizer']
@@ -345,7 +345,7 @@ def test_nothing_is_saved_at_iteration_0(tiny, monkeypatch):
 
 @pytest.mark.parametrize('always, kept', [(True, 9), (False, 6)])
 def test_always_save_checkpoint(tiny, always, kept):
-    """Without it ckpt.pt stays at the best evaluation, though the run ends later, and worse."""
+    """If false, ckpt.pt stays at the best evaluation; the run ends later, with a worse one."""
     run(max_iters=6, eval_interval=6)
     run(max_iters=9, eval_interval=9, init_from='resume', learning_rate=3.0, decay_lr=False,
         always_save_checkpoint=always)
@@ -418,7 +418,7 @@ def test_a_dataset_that_we_can_make_is_made(folder, monkeypatch, request, name):
 @pytest.mark.parametrize('width', [1, 7, 16, 24, 40, 48, 64])
 @torch.no_grad()
 def test_int8_equals_the_product_of_its_own_rows(width):
-    """Few tokens have a path of their own, which reads the rows in blocks."""
+    """A separate kernel for few tokens reads the rows in blocks."""
     torch.manual_seed(0)
     layer = Int8(torch.randn(48, width).bfloat16())
     for tokens in (1, 2, 3, 4, 16, 17, 33):
@@ -455,7 +455,7 @@ def save_gpt2(folder, **settings):
 
 
 def byte_pairs(vocab, merges):
-    """A tokenizer with these byte pairs, after the bytes as letters where `vocab` is None."""
+    """A tokenizer with these byte pairs; vocab=None: the letters of the bytes, then the pairs."""
     library = pytest.importorskip('tokenizers')
     if vocab is None:
         letters = sorted(library.pre_tokenizers.ByteLevel.alphabet())
@@ -487,7 +487,7 @@ def test_code_that_comes_with_a_folder_is_never_run(tiny, error_of, monkeypatch)
 
 
 def test_other_byte_pairs_are_not_taken_for_gpt2s(folder, error_of):
-    """The model is of that vocabulary, the dataset of GPT-2's."""
+    """The model has the other vocabulary, the dataset GPT-2's."""
     save_gpt2('hf')
     fast = byte_pairs(None, [('h', 'i'), ('Ġ', 'hi')])
     fast.save('hf/tokenizer.json')
@@ -569,7 +569,7 @@ def test_a_rate_of_zero_moves_nothing(tiny):
 
 
 def test_the_loss_runs_over_all_rows():
-    """As nanoGPT's does: padding is pushed down, and any row may be a target."""
+    """As in nanoGPT: training makes the padding unlikely, and any row may be a target."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL))
     idx, targets = torch.randint(50304, (2, 2, 8))
@@ -593,9 +593,9 @@ def test_training_on_gpt2_ids_pushes_the_padding_down(folder):
     model.load_state_dict(checkpoint['model'])
     with torch.no_grad():
         logits, _ = model(torch.arange(0, 56, 7)[None])
-    share = F.softmax(logits, dim=-1)[..., 50257:].sum().item()
+    fraction = F.softmax(logits, dim=-1)[..., 50257:].sum().item()
     untrained = 47 / 50304
-    assert share < 0.3 * untrained
+    assert fraction < 0.3 * untrained
 
 
 def test_sampling_never_gives_padding():
@@ -635,7 +635,7 @@ def test_no_targets_at_all_have_no_gradient(monkeypatch, most_logits):
 
 
 def test_an_infinite_loss_moves_nothing_under_a_scaler(tiny, monkeypatch):
-    """The gradients are finite, so the scaler itself has nothing against the update."""
+    """The gradients are finite, so the scaler alone would not skip the update."""
     scaler, forward = torch.amp.GradScaler, GPT.forward
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device))
     schedule = dict(eval_interval=100, lr_decay_iters=6)
@@ -653,14 +653,14 @@ def test_an_infinite_loss_moves_nothing_under_a_scaler(tiny, monkeypatch):
     for key, state in before['optimizer']['state'].items():
         assert all(torch.equal(v, after['optimizer']['state'][key][k]) for k, v in state.items())
     run(max_iters=6, init_from='resume', **schedule)
-    on = load_checkpoint('out/ckpt.pt')
-    assert on['iter_num'] == 6 and not same_weights(after, on)
-    assert on['scaler']['scale'] == before['scaler']['scale'] == 65536
+    resumed = load_checkpoint('out/ckpt.pt')
+    assert resumed['iter_num'] == 6 and not same_weights(after, resumed)
+    assert resumed['scaler']['scale'] == before['scaler']['scale'] == 65536
 
 
 @contextlib.contextmanager
 def memory(megabytes):
-    """Inside, this process can get so much more memory than it has, and no more."""
+    """Context manager: this process can allocate only so many more megabytes."""
     resource = pytest.importorskip('resource')
     if not os.path.exists('/proc/self/statm'):
         pytest.skip('there is no /proc to ask how much memory is in use')
@@ -691,7 +691,7 @@ def test_too_many_samples_are_one_line(tiny, error_of):
     assert 'memory' in error and '--num_samples=15000' in error
 
 
-def test_what_a_gpu_says_without_memory_is_one_line():
+def test_a_gpus_out_of_memory_message_becomes_one_line():
     message = ('CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of '
                '79.11 GiB of which 1.00 GiB is free.\nSee documentation')
     with pytest.raises(UserError) as error:
@@ -766,7 +766,7 @@ def test_the_peak_is_the_full_cards_own(monkeypatch, name, peak):
     assert speed * runtime.flops_per_token(model, 8) == pytest.approx(peak)
 
 
-# --- what is typed and told
+# --- commands and messages
 
 
 @pytest.fixture
@@ -778,7 +778,7 @@ def one_line(folder):
 
 
 def written(capsys, *args):
-    """What sample.py writes in three characters."""
+    """The output of sample.py for three new characters."""
     capsys.readouterr()
     sample.main([*args, '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])
     return capsys.readouterr().out
@@ -818,14 +818,14 @@ def test_the_line_end_of_echo_is_no_part_of_the_prompt(tiny, monkeypatch, capsys
 
 
 def test_errors_are_not_cut_within_a_word(tiny, error_of):
-    """More weights are missing than fit one line."""
+    """Here more weights are missing than one line can name."""
     run(max_iters=1)
     checkpoint = torch.load('out/best.pt', weights_only=True)
     names = {*checkpoint['model']}
     torch.save(checkpoint | {'model': {}}, 'out/best.pt')
-    told = error_of(sample.main, '--device=cpu')
-    named = re.findall(r'"(\S+)"[,.]', told)
-    assert 150 < len(told) < 300 and 1 < len(named) < len(names) and {*named} < names
+    error = error_of(sample.main, '--device=cpu')
+    named = re.findall(r'"(\S+)"[,.]', error)
+    assert 150 < len(error) < 300 and 1 < len(named) < len(names) and {*named} < names
 
 
 def test_bench_names_its_rows(error_of):
@@ -880,7 +880,7 @@ def test_weights_that_do_not_fit_are_not_resumed(tiny, error_of):
     assert 'the weights do not fit' in error and error.count('\n') == 1
 
 
-def test_a_shape_that_was_asked_for_in_vain_is_told(tiny, capsys):
+def test_a_shape_that_the_checkpoint_overrides_is_reported(tiny, capsys):
     run(max_iters=1)
     capsys.readouterr()
     run(init_from='out', out_dir='tuned', max_iters=1, n_layer=5)
@@ -902,7 +902,7 @@ def test_a_nanogpt_checkpoint_is_not_resumed_on_another_alphabet(tiny, error_of)
 
 @pytest.mark.parametrize('text', ['a few letters', ''.join(map(chr, range(32, 300)))])
 def test_a_nanogpt_checkpoint_whose_dataset_has_changed_is_refused(tiny, error_of, text):
-    """Its letters are in meta.json alone: with other ones, it would write nonsense."""
+    """Only meta.json contains its alphabet: with another one, samples would be nonsense."""
     run(max_iters=1)
     state = torch.load('out/ckpt.pt', weights_only=True)
     rows = state['model_args']['vocab_size']
@@ -921,7 +921,7 @@ def test_a_run_is_resumed_by_its_own_optimizer(tiny, capsys):
     run(max_iters=3, init_from='resume')
     assert 'from the checkpoint: optimizer=muon\n' in capsys.readouterr().out
     assert load_checkpoint('out/ckpt.pt')['config']['optimizer'] == 'muon'
-    run(init_from='resume', eval_only=True, max_iters=1)  # which takes no optimizer, nor an update
+    run(init_from='resume', eval_only=True, max_iters=1)  # needs no optimizer and no update
     assert 'val: loss ' in capsys.readouterr().out
 
 

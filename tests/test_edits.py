@@ -1,6 +1,6 @@
-"""An edit takes effect: the source changed as its readers do it, then run.
+"""Edits to the source take effect where a reader expects it.
 
-Each test edits a copy of the scripts, as somebody would who wants just that.
+Each test changes a copy of the scripts, as a reader would, and runs it.
 """
 
 import csv
@@ -33,13 +33,13 @@ def rows(folder='out'):
         return list(csv.DictReader(file))
 
 
-# --- a slip keeps its traceback
+# --- a mistake in the code keeps its traceback
 
 
 @pytest.mark.parametrize('slip', [
     "raise ValueError('mine')", "x + 'mine'", 'x.view(7, 7, 7)', "raise OSError('mine')",
 ])
-def test_a_slip_in_a_block_shows_its_place(tiny, source, slip):
+def test_a_mistake_in_a_block_shows_its_line(tiny, source, slip):
     works(source, max_iters=1)
     edited(source, 'model.py', ('        x = x + self.attn(self.ln_1(x), cache)\n',
                                 f'        {slip}\n        x = x + self.attn(self.ln_1(x), cache)\n'))
@@ -50,7 +50,7 @@ def test_a_slip_in_a_block_shows_its_place(tiny, source, slip):
         assert slip in result.stderr and not result.stderr.startswith('error:')
 
 
-def test_a_slip_in_generation_is_not_a_missing_sample(tiny, source):
+def test_a_mistake_in_generation_is_not_a_missing_sample(tiny, source):
     edited(source, 'model.py', ('    window = unread = idx[:, -block_size:]\n',
                                 '    window = unread = idx[:, -block_sise:]\n'))
     result = run(source, sample_tokens=5)
@@ -58,7 +58,7 @@ def test_a_slip_in_generation_is_not_a_missing_sample(tiny, source):
     assert 'no sample' not in result.stdout
 
 
-def test_a_slip_in_a_constructor_shows_its_place_at_export(tiny, source):
+def test_a_mistake_in_a_constructor_shows_its_line_at_export(tiny, source):
     pytest.importorskip('transformers')
     works(source, max_iters=1)
     edited(source, 'model.py', ('        self.mlp = MLP(config)\n',
@@ -116,7 +116,7 @@ def test_what_a_module_sets_itself_is_what_it_starts_with(tiny, source, processe
 
 @pytest.mark.parametrize('chunks', [False, True])
 def test_an_edited_loss_is_the_loss_for_every_vocabulary(tiny, source, chunks):
-    """In chunks as well, with a bias on the head as well."""
+    """Also in chunks, and also with a bias in the head."""
     edited(source, 'model.py', ("reduction='sum')\n", "reduction='sum') + 100 * len(logits)\n"),
            ('config.vocab_size, bias=False)\n', 'config.vocab_size, bias=True)\n'))
     if chunks:

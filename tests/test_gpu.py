@@ -1,4 +1,4 @@
-"""On a real NVIDIA GPU, where there is one: the numbers, which test_cuda.py cannot see."""
+"""On a real NVIDIA GPU, if there is one: the numbers, which test_cuda.py cannot check."""
 
 import csv
 import os
@@ -59,7 +59,7 @@ def test_training_as_on_a_cpu(tiny, settings):
 
 
 def test_resume_is_exact(tiny):
-    """Up to rounding: attention's gradients are added up in no fixed order on a GPU."""
+    """Up to rounding: on a GPU, the order in which attention adds gradients varies."""
     for dtype in 'bfloat16', 'float16':
         whole = run(dtype, dtype=dtype)[1]
         run('parts', dtype=dtype, max_iters=3, lr_decay_iters=6)
@@ -85,7 +85,7 @@ torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=1e-4)
 
 
 def test_batches_and_samples_do_not_wait(tiny):
-    """Batches are the CPU's, copied without a wait; so is a text made without one."""
+    """Batches equal those of the CPU, and neither copying them nor sampling waits."""
     assert not on_gpu(f'''
 import numpy as np, torch, dataset, model
 device = torch.device('{DEVICE}')
@@ -103,7 +103,7 @@ for ours, theirs in zip(batch, split.batch(offsets, 16, torch.device('cpu'))):
 ''')
 
 
-def test_a_bad_batch_is_left_out(tiny):
+def test_a_bad_batch_is_skipped(tiny):
     for dtype in 'bfloat16', 'float16':
         assert not on_gpu(f'''
 import math, torch, train

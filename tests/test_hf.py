@@ -61,7 +61,7 @@ def test_logits_equal_transformers(theirs):
 
 @torch.no_grad()
 def test_openais_weights_by_their_name(theirs, monkeypatch):
-    """Here of a smaller model under that name."""
+    """With a smaller model under that name."""
     torch.manual_seed(0)
     small = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2))
     monkeypatch.setitem(model.MODEL_SIZES, 'gpt2', (2, 2, 32))
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, monkeypatch):
 
 
 def greedy(folder, prompt, new):
-    """What transformers writes from a folder."""
+    """The text that transformers generates from a folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors='pt').input_ids
@@ -136,7 +136,7 @@ def greedy(folder, prompt, new):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_a_char_model_writes_the_same_there(tiny, capsys, bias):
+def test_an_exported_char_model_writes_the_same(tiny, capsys, bias):
     train.train(TrainConfig(**TINY | dict(max_iters=60, block_size=64, bias=bias)))
     capsys.readouterr()
     export_hf.main(['--out_dir=out', '--to=hf'])
@@ -152,7 +152,7 @@ def test_a_char_model_writes_the_same_there(tiny, capsys, bias):
         export_hf.main(['--out_dir=out', '--to=hf'])
 
 
-def test_a_gpt2_model_writes_the_same_there(folder, bpe):
+def test_an_exported_gpt2_model_writes_the_same(folder, bpe):
     torch.manual_seed(0)
     ours = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)).eval()
     for p in ours.parameters():
@@ -178,7 +178,7 @@ def test_tokenizers_agree(folder, bpe):
 
 
 def test_finetuning_a_local_model_lowers_the_loss(theirs, capsys):
-    """The README's recipe with a small local model in the place of gpt2."""
+    """The README's commands, with a small local model instead of gpt2."""
     os.makedirs('data/words')
     ids = np.tile(np.arange(40, dtype='<u2') * 7, 100)
     for name in ('train', 'val'):

@@ -1,4 +1,4 @@
-"""Llama and Muon: what they must equal."""
+"""Llama and Muon, compared with independent computations."""
 
 import json
 import math
@@ -124,14 +124,14 @@ def test_orthogonal_brings_singular_values_near_1():
         values = torch.linalg.svdvals(orthogonal(m, number))
         assert values.min() > lowest and values.max() < highest
     U, _, Vh = torch.linalg.svd(m, full_matrices=False)
-    assert torch.allclose(orthogonal(m, 5), U @ Vh, atol=0.005)  # and no other turn
+    assert torch.allclose(orthogonal(m, 5), U @ Vh, atol=0.005)  # the same singular vectors
     assert torch.allclose(orthogonal(m * 1e-5, 5), U @ Vh, atol=0.01)  # however small
     assert orthogonal(torch.zeros(1, 4, 4), 5).eq(0).all()  # a gradient of 0 moves nothing
 
 
 @pytest.mark.parametrize('bf16, near', [(False, 0.002), (True, 0.03)])
 def test_muon_follows_its_definition(bf16, near):
-    """U V^T of the gradient ahead, by a decomposition; a matrix taller than wide is several."""
+    """U V^T of the Nesterov gradient, by an SVD; a tall matrix is several square ones."""
     torch.manual_seed(0)
     shapes = (8, 8), (24, 8), (8, 8), (8, 20)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -151,7 +151,7 @@ def test_muon_follows_its_definition(bf16, near):
     assert all(torch.allclose(a, b, atol=near) for a, b in zip(pieces, expected))
 
 
-def test_muon_takes_a_stack_of_matrices_one_by_one():
+def test_muon_orthogonalizes_each_matrix_of_a_stack():
     torch.manual_seed(0)
     stack = torch.randn(3, 16, 8)
     together = torch.nn.Parameter(stack.clone())
@@ -238,7 +238,7 @@ def test_a_bad_batch_moves_nothing(tiny, monkeypatch):
 @pytest.mark.parametrize('settings, words', [
     (dict(model='bigram'), 'a gpt or a llama'), (dict(optimizer='adam'), "'adam'"),
 ])
-def test_what_muon_cannot_do_is_refused(settings, words):
+def test_impossible_settings_of_muon_are_refused(settings, words):
     with pytest.raises(train.UsageError, match=words):
         TrainConfig(**dict(optimizer='muon') | settings)
 
@@ -291,7 +291,7 @@ def test_logits_equal_transformers_both_ways(folder, hf, kind, changes):
     (dict(rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0}), 'linear'),
     (dict(hidden_act='gelu'), 'hidden_act'),
 ])
-def test_what_it_does_not_do_is_refused_by_name(folder, hf, change, words):
+def test_unsupported_values_in_config_json_are_named(folder, hf, change, words):
     theirs(hf, 'llama')
     with open('hf/config.json') as file:
         config = json.load(file) | change
@@ -308,7 +308,7 @@ def test_sliding_windows_are_refused(folder, hf):
 
 
 @pytest.mark.parametrize('qk_norm', [True, False])
-def test_a_char_llama_writes_the_same_there(tiny, hf, qk_norm):
+def test_an_exported_char_llama_writes_the_same(tiny, hf, qk_norm):
     train.train(TrainConfig(**RUN | dict(max_iters=60, eval_interval=60, block_size=64,
                                          qk_norm=qk_norm)))
     export_hf.main(['--out_dir=out', '--to=hf'])
@@ -331,7 +331,7 @@ def test_streaming_from_a_vocabulary_with_padding():
 
 
 @pytest.mark.parametrize('shard', [False, True])
-def test_two_processes_go_on_from_a_folder(tiny, hf, shard):
+def test_two_processes_fine_tune_from_a_folder(tiny, hf, shard):
     train.train(TrainConfig(**RUN | dict(max_iters=2, optimizer='adamw')))
     export_hf.main(['--out_dir=out', '--to=hf'])
     run = RUN | dict(init_from='hf', out_dir='more', max_iters=2, optimizer='adamw', shard=shard)

@@ -1,4 +1,4 @@
-"""The models, compared with what they must equal."""
+"""The models, compared with independent computations."""
 
 import math
 from itertools import pairwise
@@ -52,7 +52,7 @@ def test_no_position_sees_a_later_one(bias):
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_attention_equals_its_formula(dtype, tolerance):
-    """Spelled out here in float32; the model has a way for short bf16, and torch's."""
+    """Computed here in float32; the model has one path for short bf16, else torch's."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 48, 16).to(dtype)
     scores = q.float() @ k.float().transpose(-2, -1) / 4  # sqrt(head_size)
@@ -66,8 +66,8 @@ def test_attention_equals_its_formula(dtype, tolerance):
     assert (middle - expected[:, :, 20:25]).abs().max() < tolerance
 
 
-def test_both_ways_of_attention_drop_weights():
-    """With dropout, about that share of the weights is 0 and the rest is scaled to make up."""
+def test_both_paths_of_attention_drop_weights():
+    """Dropout sets about that fraction of the weights to 0, and scales the others up."""
     torch.manual_seed(0)
     q, v = torch.zeros(1, 1, 64, 64), torch.eye(64)[None, None]  # so the weights come out
     for dtype in (torch.float32, torch.bfloat16):
@@ -117,7 +117,7 @@ def test_greedy_generation_equals_the_loop_without_a_cache():
 
 
 @torch.no_grad()
-def test_generation_past_block_size_reads_the_last_half_window_anew():
+def test_generation_past_block_size_reads_the_last_half_window_again():
     model, idx = small_gpt(), random_ids(1, 50)
     out = model.generate(idx, 40, temperature=0)
     assert out.shape == (1, 90) and torch.equal(out[:, :50], idx)
@@ -209,7 +209,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, counted):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_memorized():
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig(**SMALL)), random_ids(4, 33)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

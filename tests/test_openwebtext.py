@@ -1,4 +1,4 @@
-"""OpenWebText, to the byte: what comes in, what comes out, and what may happen in between."""
+"""prepare_openwebtext.py, to the byte: its inputs, its output, and interruptions."""
 
 import contextlib
 import hashlib
@@ -45,7 +45,7 @@ def bpe():
 
 @pytest.fixture(autouse=True)
 def threads(request, monkeypatch):
-    """Threads for workers, which start at once, where processes are not what is tested."""
+    """Use threads as workers where processes are not tested, since they start at once."""
     if 'workers' not in request.fixturenames:
         monkeypatch.setattr(
             owt, 'ProcessPoolExecutor', lambda workers, **_: ThreadPoolExecutor(workers)
@@ -53,7 +53,7 @@ def threads(request, monkeypatch):
 
 
 def make_documents(count=120, seed=0):
-    """Documents, as bytes, with everything that can be odd in them."""
+    """Documents, as bytes, with all kinds of unusual contents."""
     with open(STORY, encoding='utf-8') as file:
         paragraphs = file.read().split('\n\n')
     draw = random.Random(seed)
@@ -66,7 +66,7 @@ def make_documents(count=120, seed=0):
 
 
 def reference(documents, val_fraction=0.1):
-    """What the splits must be, as plainly as can be."""
+    """The expected splits, computed in the simplest way."""
     bpe, ids = GPT2Tokenizer().bpe, {'train': [], 'val': []}
     for document in documents:
         text = re.sub('\n{3,}', '\n\n', document.decode('utf-8', 'replace')).strip()
@@ -102,7 +102,7 @@ def write(path, data):
 
 
 def result(dataset='web'):
-    """The splits that were written; checks that meta.json speaks of them, and that all is tidy."""
+    """The splits on disk. Checks that meta.json describes them and that no other files are left."""
     files = contents(f'data/{dataset}')
     meta = json.loads(files.pop('meta.json'))
     assert list(files) and set(files) == {'train.bin', 'val.bin'}
@@ -170,7 +170,7 @@ def test_every_form_gives_the_same(bpe, folder, form):
 
 @pytest.mark.parametrize('kind', ['string', 'large_string'])
 def test_fineweb_edu_as_it_is_published(bpe, folder, kind):
-    """All its columns, null texts, and row groups that are larger than what is read at once."""
+    """All its columns, null texts, and row groups larger than the part that is read at once."""
     pyarrow = pytest.importorskip('pyarrow')
     documents = make_documents()
     texts = [text for document in documents for text in (document.decode(), None)]
@@ -233,7 +233,7 @@ def test_the_split_depends_on_the_text_alone(bpe, folder):
     assert sorted(val['a'] * 2) == sorted(val['b'])
 
 
-# The script, but its process group gets a signal when progress.json was written some times.
+# The script, but its process group gets a signal once progress.json was written several times.
 KILLED = """
 import os
 import signal
@@ -272,7 +272,7 @@ def killed(after, *flags, number=signal.SIGKILL, code=-signal.SIGKILL):
 
 
 @pytest.mark.parametrize('form', [inner, outer_tar])
-def test_killed_and_continued_is_the_same_and_nothing_is_done_twice(bpe, folder, capsys, form):
+def test_killed_and_continued_gives_the_same_and_repeats_nothing(bpe, folder, capsys, form):
     documents = make_documents()
     form(documents)
     write('data/web/train.bin', b'old')
@@ -288,7 +288,7 @@ def test_killed_and_continued_is_the_same_and_nothing_is_done_twice(bpe, folder,
     assert f'continuing after {count} documents' in capsys.readouterr().out
 
 
-def test_ctrl_c_stops_in_good_order(bpe, folder):
+def test_ctrl_c_stops_cleanly(bpe, folder):
     documents = make_documents()
     inner(documents)
     out, err = killed(2, '--input=in', '--num_proc=2', number=signal.SIGINT, code=130)
@@ -317,7 +317,7 @@ def test_another_input_is_not_mixed_in(bpe, folder):
         prepare('--input=in')
 
 
-def test_files_must_keep_their_names_and_a_damaged_one_may_be_mended(bpe, folder, monkeypatch):
+def test_files_must_keep_their_names_and_a_damaged_one_may_be_repaired(bpe, folder, monkeypatch):
     monkeypatch.setattr(owt, 'SAVE_SECONDS', 0)
     documents = make_documents()
     half = len(documents) // 2
@@ -336,7 +336,7 @@ def test_files_must_keep_their_names_and_a_damaged_one_may_be_mended(bpe, folder
 
 @pytest.mark.parametrize('how', ['same size', 'shorter'])
 def test_a_replaced_archive_is_not_continued_in_its_middle(bpe, folder, how):
-    """Another file of the same name is told by what was read of the first one."""
+    """Another file of the same name is recognized by the check sum of the part that was read."""
     documents = make_documents()
     outer_tar(documents)
     killed(8, '--input=in')  # 6 archives of in/urlsf_subset00.tar, 2 of the next
@@ -353,7 +353,7 @@ def test_a_replaced_archive_is_not_continued_in_its_middle(bpe, folder, how):
 
 
 def test_empty_texts_are_not_done_twice(bpe, folder, monkeypatch):
-    """The check sum of what was read tells one from none."""
+    """The check sum of the input read so far tells whether an empty text was done."""
     documents = [b'', b'one two', b'', b'', b'', b'three', b''] * 5
     own = make_tar([(f'{i}.txt', document) for i, document in enumerate(documents)])
     write('a.tar', own)
@@ -430,7 +430,7 @@ def test_a_damaged_tar(bpe, folder):
             prepare('--input=urlsf_subset00.tar')
 
 
-def test_more_than_memory_should_take_is_refused(bpe, folder, monkeypatch):
+def test_too_large_for_memory_is_refused(bpe, folder, monkeypatch):
     monkeypatch.setattr(owt, 'MAX_BYTES', 100_000)
     for documents in ([b'a' * 100_001], [b'a' * 40_000] * 3):
         write('a.tar', make_tar(make_archives(documents, 1)))
@@ -552,7 +552,7 @@ def test_texts_that_are_no_plain_files_are_refused_by_name(bpe, folder, kind):
 
 
 def test_a_split_that_is_too_short_to_use_is_refused(bpe, folder):
-    """The remedy helps, although a stopped run may not change its val_fraction."""
+    """The remedy works, although a stopped run must keep its val_fraction."""
     documents = [b'number %d' % i for i in range(50)]
     write('a.tar', make_tar(make_archives(documents)))
     write('data/web/train.bin', b'old')
@@ -643,7 +643,7 @@ def test_a_disk_that_is_full_at_any_byte(bpe, folder, monkeypatch, source, error
     assert prepare(*flags) == reference(documents) and (flags or web.asked)
 
 
-def test_a_slip_in_the_code_keeps_its_traceback(bpe, folder, monkeypatch):
+def test_a_mistake_in_the_code_keeps_its_traceback(bpe, folder, monkeypatch):
     inner(make_documents(10))
 
     def slip(text):
@@ -666,7 +666,7 @@ def test_two_at_once_are_refused(bpe, folder):
 
 
 class Web:
-    """Stands for curl: serves `files`, at most `limit` bytes at a time."""
+    """Replaces curl: serves `files`, at most `limit` bytes at a time."""
 
     def __init__(self, monkeypatch, files, limit=None):
         self.files, self.limit, self.asked, self.fail = files, limit, [], set()
@@ -719,7 +719,7 @@ def test_a_tar_is_removed_once_it_is_done(bpe, folder, monkeypatch):
     assert [len(names & {*owt.SUBSETS}) for names in seen[-8:]] == [2, 2, 2, 1, 1, 1, 1, 0]
 
 
-def test_a_download_with_other_documents_is_told(bpe, folder, monkeypatch):
+def test_a_download_with_other_documents_is_reported(bpe, folder, monkeypatch):
     documents = make_documents()
     Web(monkeypatch, published(documents, monkeypatch))
     monkeypatch.setattr(owt, 'DOCUMENTS', 8_013_769)
@@ -750,7 +750,7 @@ def test_a_download_that_fails_is_continued_by_the_next_run(bpe, folder, monkeyp
         os.remove('data/web/val.bin')
 
 
-def test_curl_goes_on_where_a_file_ended(folder, monkeypatch):
+def test_curl_continues_where_a_file_ended(folder, monkeypatch):
     data, asked = bytes(range(256)) * 1000, []
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -814,7 +814,7 @@ def test_a_gigabyte_takes_constant_memory(bpe, folder):
 
 
 class Killed(BaseException):
-    """A process ends here: nothing handles this."""
+    """The end of a process: no code handles this exception."""
 
 
 @pytest.mark.parametrize('deleted', [None, 'train.bin.part', 'val.bin.part'])

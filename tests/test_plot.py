@@ -1,6 +1,6 @@
-"""The picture of a run: what is in it, when it is drawn, and what happens where it cannot be.
+"""loss.png: its contents, when it is drawn, and errors.
 
-What draws is skipped where matplotlib is missing; all the rest runs everywhere.
+Tests that draw are skipped if matplotlib is missing; the others run everywhere.
 """
 
 import csv
@@ -43,7 +43,7 @@ def small_run(folder='out', best=1.5):
 
 
 def train_tiny(**settings):
-    import train  # here, since drawing needs none of it
+    import train  # here, since drawing does not need it
 
     return train.train(train.TrainConfig(**TINY | settings))
 
@@ -83,7 +83,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('row', BROKEN)
-def test_what_cannot_be_drawn_is_told_in_one_line(folder, row):
+def test_an_error_in_drawing_is_one_line(folder, row):
     small_run()
     os.mkdir('data')
     header = ','.join(LOG_COLUMNS) + '\n'
@@ -126,7 +126,7 @@ def test_training_without_matplotlib_says_nothing(tiny, monkeypatch, capsys):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A matplotlib that can be found, whether or not there is one; nothing is drawn with it."""
+    """Pretend that matplotlib is installed; nothing is drawn with it."""
     module = types.ModuleType('matplotlib')
     module.__spec__ = importlib.machinery.ModuleSpec('matplotlib', None)
     monkeypatch.setitem(sys.modules, 'matplotlib', module)
@@ -147,7 +147,7 @@ def test_training_draws_at_every_evaluation_once_something_is_saved(tiny, instal
     assert seen == [[0, 2, 4, 5, 6]]  # 5 is where it ended before
 
 
-def test_a_picture_that_fails_stops_nothing_and_is_told(tiny, installed, monkeypatch, capsys):
+def test_a_picture_that_fails_is_reported_and_stops_nothing(tiny, installed, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError('no ink')
 
@@ -159,7 +159,7 @@ def test_a_picture_that_fails_stops_nothing_and_is_told(tiny, installed, monkeyp
 
 
 def test_a_long_log_is_drawn_at_the_end_alone(tiny, installed, monkeypatch):
-    """Reading all of it again at each evaluation would be slow."""
+    """To read all of it at each evaluation would be slow."""
     drawn = []
     monkeypatch.setattr(plot_loss, 'draw', lambda *_: drawn.append(os.path.getsize('out/log.csv')))
     monkeypatch.setattr(plot_loss, 'LONG_LOG', 1000)
@@ -186,8 +186,8 @@ def test_an_svg_says_what_it_shows(folder, matplotlib):
 
 
 @pytest.mark.filterwarnings('error')
-def test_several_runs_are_told_apart(folder, matplotlib):
-    """Also those whose names are formulas, are hidden, or are the same in different folders."""
+def test_several_runs_have_different_labels(folder, matplotlib):
+    """Also if names look like formulas, begin with _, or are the same in different folders."""
     names = ['a', '_b', 'c$1$ & <d>', 'é', '奥兹'] + [f'lr-{i}' for i in range(12)]
     for i, name in enumerate(names):
         small_run(name, best=1 + i / 100)

@@ -1,4 +1,4 @@
-"""Eight-bit weights against the ones they came from."""
+"""8-bit weights, compared with the original ones."""
 
 import copy
 
@@ -21,7 +21,7 @@ def size(model):
 
 
 def test_gpt2_takes_at_most_0_30_of_float32():
-    model = GPT(GPTConfig(n_layer=1))  # more layers have less that isn't quantized in them
+    model = GPT(GPTConfig(n_layer=1))  # with more layers, the part that is not quantized is smaller
     float32 = size(model)
     assert size(quantize_int8(model.to(torch.bfloat16))) < 0.30 * float32
 

@@ -1,4 +1,4 @@
-"""A run that stopped goes on as if it never had, to the last bit."""
+"""A resumed run equals an uninterrupted one, to the last bit."""
 
 import csv
 import os
@@ -21,7 +21,7 @@ RUN = TINY | dict(max_iters=12, eval_interval=4, dropout=0.2, sample_tokens=0)
 
 
 def log_of(folder):
-    """log.csv less what the clock says."""
+    """log.csv without the columns that depend on time."""
     with open(f'{folder}/log.csv', newline='') as file:
         return [
             {k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_s', 'mfu')}
@@ -90,7 +90,7 @@ def test_evaluations_at_other_intervals_change_nothing(tiny, monkeypatch):
 
 
 def test_rows_after_the_checkpoint_are_written_once(tiny, monkeypatch):
-    """The run got further than its last save: those rows are dropped and come again."""
+    """Rows after the last save are dropped and written again."""
     train.train(TrainConfig(**RUN | dict(out_dir='whole')))
     stop_at(monkeypatch, 6, TrainConfig(**RUN))
     with open('out/log.csv', 'a') as file:
@@ -112,7 +112,7 @@ def test_two_processes_resume_exactly(tiny, dtype):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_one_process_goes_on_as_two(tiny):
+def test_a_run_of_one_process_is_resumed_by_two(tiny):
     run = RUN | dict(dropout=0.0, max_iters=10)
     train.train(TrainConfig(**run | dict(out_dir='whole')))
     train.train(TrainConfig(**run | dict(max_iters=5, lr_decay_iters=10)))
@@ -155,7 +155,7 @@ def test_an_interrupted_run_that_is_extended_is_evaluated_when_due(tiny, monkeyp
     dict(model='bigram'), dict(model_size='gpt2', n_layer=12, n_head=12, n_embd=768),
 ], ids=str)
 def test_a_resumed_run_has_its_checkpoints_shape(tiny, monkeypatch, capsys, change):
-    """As nanoGPT's: the flags of the shape are overridden, which one line says."""
+    """As in nanoGPT: flags for the shape are overridden; a message says so."""
     train.train(TrainConfig(**RUN | dict(out_dir='whole')))
     stop_at(monkeypatch, 6, TrainConfig(**RUN))
     capsys.readouterr()
@@ -170,7 +170,7 @@ def test_a_resumed_run_has_its_checkpoints_shape(tiny, monkeypatch, capsys, chan
 
 
 def start(*more, processes=1, **settings):
-    """train.py as a process of its own, in a group of its own."""
+    """train.py in its own process and its own process group."""
     command = [sys.executable]
     if processes > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
@@ -191,7 +191,7 @@ def wait_for(process, words):
 LONG = RUN | dict(max_iters=100_000, eval_interval=100_000)
 
 
-def test_ctrl_c_ends_the_run_in_good_order(tiny):
+def test_ctrl_c_saves_and_ends_the_run(tiny):
     process, output, errors = piped('train.py', *flags(**LONG))
     assert any(line.startswith('iter 5:') for line in output), errors.read()
     os.kill(process.pid, signal.SIGINT)
@@ -206,7 +206,7 @@ def test_ctrl_c_ends_the_run_in_good_order(tiny):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_every_rank_in_good_order(tiny, number):
+def test_a_signal_saves_and_ends_every_rank(tiny, number):
     """Ctrl-C reaches the terminal's whole group; SIGTERM only torchrun, which passes it on."""
     process = start(processes=2, **LONG)
     wait_for(process, 'iter 5:')
@@ -221,7 +221,7 @@ def test_a_signal_ends_every_rank_in_good_order(tiny, number):
 
 
 def test_a_second_ctrl_c_exits_at_once(tiny):
-    """Even if the iteration under way would take for ever."""
+    """Even if the current iteration never ended."""
     code = f'''
 import sys, time
 sys.path.insert(0, {ROOT!r})
@@ -244,7 +244,7 @@ with console.stop_signals(True, announce=True) as stop:
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(tiny):
-    """30 kills of a run that saves at every iteration, then the end: as if nothing had been."""
+    """30 kills of a run that saves at every iteration; the end equals that of a run without."""
     run = RUN | dict(max_iters=1000, eval_interval=1, eval_iters=1)
     train.train(TrainConfig(**run | dict(out_dir='whole')))
     moments = random.Random(0)

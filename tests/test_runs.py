@@ -1,4 +1,4 @@
-"""A run keeps what it should, over the sequences of commands that people type."""
+"""Sequences of commands that people type: each keeps the files that it should."""
 
 import csv
 import gc
@@ -51,12 +51,12 @@ def story(start, length):
         return file.read()[start : start + length]
 
 
-# --- the best is the best by what is measured now
+# --- best.pt, by the current measure
 
 
 @pytest.mark.parametrize('how', ['copy', 'slash', 'renamed'])
 def test_the_same_data_under_another_name_keep_the_best(tiny, monkeypatch, how, capsys):
-    """A worse model doesn't overwrite best.pt."""
+    """A worse model does not replace best.pt."""
     run()
     best = load_checkpoint('out/best.pt')
     if how == 'copy':
@@ -76,7 +76,7 @@ def test_the_same_data_under_another_name_keep_the_best(tiny, monkeypatch, how, 
     dict(eval_iters=7), dict(batch_size=3), dict(seed=5), dict(eval_iters=0), 'other text',
 ], ids=str)
 def test_where_the_measure_has_changed_best_pt_is_measured_again(tiny, capsys, change):
-    """An incomparable loss would keep best.pt, or lose it, whatever comes."""
+    """With a loss that is not comparable, best.pt would be replaced always or never."""
     run()
     if change == 'other text':
         text = story(50_000, 20_000)
@@ -123,7 +123,7 @@ def test_fine_tuning_must_improve_on_where_it_started(tiny, capsys):
 
 @pytest.mark.parametrize('how', ['no memory', 'Ctrl-C'])
 def test_a_resume_that_fails_at_once_leaves_the_log(tiny, monkeypatch, how):
-    run(max_iters=5, eval_interval=2)  # the log goes on after the last save, of iteration 5
+    run(max_iters=5, eval_interval=2)  # the log continues after the last save, of iteration 5
     with open('out/log.csv', 'a') as file:
         file.write('7,896,0.5,1,,,9.9,0.01,1,0,100\n')
     before = contents('out')
@@ -154,7 +154,7 @@ def test_line_ends_that_an_editor_changed_do_no_harm(tiny):
 
 @pytest.mark.parametrize('at', ['first save', 'second save of an extended run'])
 def test_a_kill_around_a_save_costs_no_rows(tiny, monkeypatch, at):
-    """Between any two steps of writing files."""
+    """At any step of writing files."""
     if at != 'first save':
         run(out_dir='before', max_iters=3, lr_decay_iters=6)
     run(out_dir='whole', lr_decay_iters=6)
@@ -214,8 +214,8 @@ def test_a_missing_checkpoint_is_looked_for_in_previous_too(tiny):
         run(init_from='resume')
 
 
-def test_an_accidental_restart_displaces_nobody(tiny, capsys):
-    """Stopped before its first evaluation; but what it did is kept under another name."""
+def test_an_accidental_restart_moves_no_other_run(tiny, capsys):
+    """It is stopped before its first evaluation; its state gets another file name."""
     run(out_dir='whole', seed=1, lr_decay_iters=6)
     run()
     before = contents('out')
@@ -268,7 +268,7 @@ def test_kept_checkpoints_are_full_and_can_be_resumed_elsewhere(tiny):
 
 
 def resume_on_two(folder, **settings):
-    """Two processes with a disk of their own each: (exit codes, all that they wrote)."""
+    """Two processes, each with its own disk: (exit codes, all output)."""
     port, processes = free_port(), []
     with open(folder / 'output', 'w+') as output, open(os.devnull) as nothing:
         for rank in range(2):
@@ -335,7 +335,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tiny):
         signal.signal(signal.SIGHUP, before)
 
 
-# --- what changed is said
+# --- changed settings are reported
 
 
 def test_settings_that_differ_from_the_checkpoints_are_named(tiny, capsys):
@@ -350,7 +350,7 @@ def test_settings_that_differ_from_the_checkpoints_are_named(tiny, capsys):
     assert 'init_from' not in line
 
 
-# --- data that are not what meta.json says
+# --- data that do not fit meta.json
 
 
 @pytest.mark.parametrize('spoil', [
@@ -387,7 +387,7 @@ def test_half_an_environment_is_one_line(tiny, monkeypatch, env, words):
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
-def test_a_group_whose_others_never_come_ends_with_a_line(tiny, monkeypatch):
+def test_a_process_whose_group_never_starts_ends_with_one_line(tiny, monkeypatch):
     for name, value in rank_of(0, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime, 'JOIN_TIMEOUT', runtime.timedelta(seconds=1))
@@ -556,7 +556,7 @@ wandb_run_name = 'run of ' + datetime(2026, 1, 2).isoformat()
         assert '\n' not in str(error.value)
 
 
-def test_a_damaged_log_is_told_before_anything_is_done(tiny):
+def test_a_damaged_log_is_reported_before_anything_is_done(tiny):
     run()
     with open('out/log.csv', 'w') as file:
         file.write('a,b\n1,2\n')
@@ -610,8 +610,8 @@ def test_a_closed_pipe_and_an_interrupt_leave_no_temporary_files(tiny):
     assert not [name for name in os.listdir('out') if name.endswith('.tmp')]
 
 
-def test_a_temporary_name_is_nobody_elses(folder):
-    """Two writers of one file don't disturb each other, nor a file of the user's."""
+def test_a_temporary_name_is_unique(folder):
+    """Two writers of one file disturb neither each other nor the user's files."""
     with open('x.tmp', 'w') as file:
         file.write('mine')
     with console.atomic_file('x') as first:

@@ -1,4 +1,4 @@
-"""What goes wrong while a run is under way costs at most what came after the last save."""
+"""A failure during a run loses at most the work since the last save."""
 
 import contextlib
 import csv
@@ -31,7 +31,7 @@ def logged(name):
 
 
 def spoil(monkeypatch, when, what):
-    """Make the training loss not finite in the updates `when`; `what(loss)` spoils it."""
+    """Make the training loss not finite in the updates `when`: replace it by `what(loss)`."""
     forward, calls = GPT.forward, [0]
 
     def spoilt(self, idx, targets=None, cache=None, loss_only=False):
@@ -45,7 +45,7 @@ def spoil(monkeypatch, when, what):
     monkeypatch.setattr(GPT, 'forward', spoilt)
 
 
-# The second has finite gradients, so only the loss tells; the third a finite loss.
+# The second has finite gradients, so only the loss shows it; the third has a finite loss.
 WAYS = {
     'nan': lambda loss: loss * float('nan'),
     'inf plus': lambda loss: loss + float('inf'),
@@ -110,7 +110,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_training(tiny):
 
 @contextlib.contextmanager
 def limited(size):
-    """Inside, no file may grow beyond `size` bytes, as if the disk were full."""
+    """Context manager: no file may grow beyond `size` bytes, as if the disk were full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -174,7 +174,7 @@ def test_a_checkpoint_cannot_run_code(tiny):
             module.main(args)
         assert '\n' not in str(error.value)
     assert not os.path.exists('exploded')
-    with pytest.raises(FileExistsError):  # it would have: this is what plain pickle does
+    with pytest.raises(FileExistsError):  # plain pickle does run the code
         os.mkdir('exploded')
         pickle.load(open('out/best.pt', 'rb'))
 
@@ -232,7 +232,7 @@ def test_evaluating_changes_nothing(tiny, init_from):
 
 
 def test_new_letters_start_the_same_in_every_process(tiny):
-    """Whatever was drawn before, and for the embedding as for the head, which it is."""
+    """Whatever the random state, and equal in the embedding and the head, which are tied."""
     train.train(TrainConfig(**RUN | dict(max_iters=1)))
     tables = []
     for seed in (1, 2):

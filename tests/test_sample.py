@@ -50,12 +50,13 @@ def test_output_is_utf8_everywhere(trained):
 
 def test_a_long_prompt_keeps_its_end_and_says_so(trained, capsys):
     sample.main(['--start=' + 'Dorothy ' * 5 + 'Toto', '--max_new_tokens=5', '--device=cpu'])
-    told = capsys.readouterr()
-    assert '44 tokens' in told.err and 'last 16' in told.err and told.out.startswith('Dorothy D')
+    output = capsys.readouterr()
+    assert '44 tokens' in output.err and 'last 16' in output.err
+    assert output.out.startswith('Dorothy D')
 
 
 class Letters:
-    """A tokenizer whose ids are places in a text."""
+    """A tokenizer whose ids are positions in a text."""
 
     def __init__(self, text):
         self.text = text
@@ -66,7 +67,7 @@ class Letters:
 
 @pytest.mark.parametrize('prompt, start', [('>', 0), ('', 0), ('', 3)])
 def test_text_stops_before_the_stop_string(prompt, start):
-    """Also where it comes first of all: nothing of it is shown."""
+    """Also at the very beginning; no part of it is shown."""
     text = TextStream(prompt, [], Letters('abcSTOPdef'), 'STOP')
     shown = ''
     for i in range(start, 10):
@@ -106,7 +107,7 @@ def test_samples_side_by_side_equal_samples_alone(trained):
 
 @pytest.mark.parametrize('T', [1, 2, 20])
 @pytest.mark.parametrize('nonlinearity', [
-    torch.nn.GELU(), torch.nn.GELU(approximate='tanh'), torch.nn.ReLU(),  # one of the reader's own
+    torch.nn.GELU(), torch.nn.GELU(approximate='tanh'), torch.nn.ReLU(),  # as a reader may edit it
 ], ids=str)
 @torch.no_grad()
 def test_packed_matrices_give_the_same_logits(T, nonlinearity):
@@ -151,7 +152,7 @@ def test_the_flag_dtype_decides(trained, monkeypatch):
     assert 'FewTokensInBf16' in kinds[0] and 'FewTokensInBf16' not in kinds[1]
 
 
-def test_a_prompt_that_is_no_utf8(trained):
+def test_a_prompt_that_is_not_utf8(trained):
     (trained / 'p.txt').write_bytes(b'abc\xff')
     with pytest.raises(UserError, match='^cannot read p.txt: 1 of its bytes are not UTF-8, the first at position 3'):
         sample.main(['--start=FILE:p.txt'])

@@ -1,4 +1,4 @@
-"""Weights, gradients and moments spread over processes: the same training run."""
+"""A run is the same with weights, gradients and optimizer state sharded over processes."""
 
 import csv
 import os
@@ -102,7 +102,7 @@ def test_in_bf16_the_losses_are_the_same(tiny, model):
 
 @pytest.mark.parametrize('model', ['gpt', 'llama'])
 def test_in_bf16_few_weights_are_held_for_the_backward_pass(tiny, monkeypatch, model):
-    """Fewer than two blocks' of eight: those of the others are gathered again."""
+    """Those of fewer than two of the eight blocks; the others are gathered again."""
     training_loss, blocks = train.training_loss, 8
 
     def watched(net, x, y):
@@ -131,7 +131,7 @@ def test_in_bf16_few_weights_are_held_for_the_backward_pass(tiny, monkeypatch, m
 
 
 def test_gradients_travel_once_an_update(tiny, monkeypatch):
-    """Counted where torch reduces them: in as many micro-batches as there may be."""
+    """Counted where torch reduces them, however many micro-batches there are."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
     reduce = group.foreach_reduce
@@ -165,12 +165,12 @@ def test_a_rank_that_fails_ends_all_with_its_reason(tiny, monkeypatch, capfd):
     def failing(self, *args):
         calls.append(1)
         if os.environ['RANK'] == '1' and len(calls) == 10:
-            raise UserError('rank 1 lost its disk: mend it')
+            raise UserError('rank 1 lost its disk: repair it')
         return batch(self, *args)
 
     monkeypatch.setattr(dataset.Split, 'batch', failing)
     train_together(TrainConfig(**RUN | dict(shard=True)), exit_codes=[1, 1])
-    assert 'error: rank 1 lost its disk: mend it\n' in capfd.readouterr().err
+    assert 'error: rank 1 lost its disk: repair it\n' in capfd.readouterr().err
 
 
 def test_a_killed_rank_loses_nothing_that_was_saved(tiny, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_killed_rank_loses_nothing_that_was_saved(tiny, monkeypatch):
 
 
 def test_memory_per_process_falls(tiny, monkeypatch):
-    """Numbers of weights, gradients and moments that a rank holds, counted after an update."""
+    """Counts the elements of weights, gradients and moments of a rank after an update."""
     step = torch.optim.AdamW.step
 
     def counted(self, *args):
@@ -211,8 +211,8 @@ def test_memory_per_process_falls(tiny, monkeypatch):
     assert held[1] < 0.55 * held[0]
 
 
-def test_numbers_drawn_are_the_same_for_the_same_seed(folder):
-    """Also without processes: building twice gives the same weights."""
+def test_initial_weights_follow_from_the_seed(folder):
+    """Also in one process: two new models have the same weights."""
     from model import GPT, GPTConfig
 
     config = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=1, n_embd=8)
@@ -222,13 +222,13 @@ def test_numbers_drawn_are_the_same_for_the_same_seed(folder):
 
 
 def test_the_mesh_is_the_runs_device(tiny, monkeypatch):
-    """Also on a machine with an accelerator, which torch would take by itself."""
+    """Also on a machine with an accelerator, which torch would use by default."""
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda **_: torch.device('mps'))
     run(2, shard=True, max_iters=1, sample_tokens=0)
     assert load_checkpoint('out/ckpt.pt')['iter_num'] == 1
 
 
-def test_a_compiled_model_is_told_when_gradients_travel():
+def test_sync_gradients_reaches_a_compiled_model():
     class Sharded(torch.nn.Linear):
         def set_requires_gradient_sync(self, sync):
             self.sync = sync

@@ -41,7 +41,7 @@ def in_terminal(name, *args, columns=80):
 
 
 def screen(output):
-    """The lines that are to be read in the end."""
+    """The lines that stay visible in the end."""
     lines, at = [''], 0
     for piece in re.findall(r'\r|\n|\x1b\[K|[^\r\n\x1b]+|\x1b', output):
         if piece == '\r':
@@ -104,7 +104,7 @@ def test_a_dumb_terminal_gets_plain_lines(tiny, monkeypatch):
 
 
 class Clock:
-    """A stand-in for the module time, which moves when it is told to."""
+    """Replaces the module time; a test sets the time."""
 
     now = 0.0
 
@@ -121,7 +121,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def progress(clock):
-    """A live line to which something new may be written at once."""
+    """A live line that may be updated at once."""
     progress = Progress()
     progress.live, clock.now = True, 1
     return progress
@@ -143,10 +143,10 @@ def test_a_narrow_terminal_cuts_the_bar_and_then_the_text(
     assert line == f'{bar} {TEXT}'.strip()[: columns - 3]
 
 
-@pytest.mark.parametrize('share, full', [(0, 0), (0.01, 0), (0.5, 10), (1, 20)])
-def test_the_bar_fills(progress, monkeypatch, capsys, share, full):
+@pytest.mark.parametrize('fraction, full', [(0, 0), (0.01, 0), (0.5, 10), (1, 20)])
+def test_the_bar_fills(progress, monkeypatch, capsys, fraction, full):
     monkeypatch.setenv('COLUMNS', '200')
-    progress.show_progress(share, TEXT)
+    progress.show_progress(fraction, TEXT)
     out = capsys.readouterr().out
     assert out.count('━') == full and out.count('╌') == 20 - full
 
@@ -171,7 +171,7 @@ def test_a_job_that_is_soon_done_writes_nothing_into_a_file(clock, capsys):
     assert capsys.readouterr().out == 'reading 100%\n'
 
 
-def test_a_silent_process_writes_nothing(clock, capsys):
+def test_a_disabled_progress_writes_nothing(clock, capsys):
     progress = Progress(enabled=False)
     clock.now = 11
     progress.show_progress(0.5, 'reading')

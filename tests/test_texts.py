@@ -1,4 +1,4 @@
-"""Texts, tokens and folders as people have them: nothing is lost or changed on the way."""
+"""Texts, tokens and folders as people have them: nothing is lost or changed."""
 
 import io
 import json
@@ -119,7 +119,7 @@ def test_single_characters_under_other_rules_are_no_alphabet(folder, change):
 
 
 def test_the_same_tokenizer_in_another_form_of_json_is_the_same(tiny):
-    """Merges as pairs or as texts, defaults left out."""
+    """Merges as pairs or as strings; defaults omitted."""
     make_folder('hf')
     with open('hf/tokenizer.json', encoding='utf-8') as file:
         state = json.load(file)
@@ -208,7 +208,7 @@ def test_help_says_how_a_line_break_is_typed(capsys):
     assert r'\n alone is a line break' in capsys.readouterr().out
 
 
-def test_what_waits_for_the_rest_of_a_character_is_shown_at_the_end(gpt2):
+def test_an_incomplete_character_is_shown_at_the_end(gpt2):
     ids = gpt2.encode('ab🦁').tolist()
     text = TextStream('', [], gpt2)
     shown = ''.join(text.add(i) for i in [*ids[:-1]])
@@ -233,7 +233,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(folder, capsys)
     assert '\ufffd' in out and not set(out) & set('\x1b\x07\r')
 
 
-# --- special tokens on the way through
+# --- special tokens, from import to export
 
 
 SPECIAL = ['<s>', '</s>', '<pad>', '<|im_start|>', '<|im_end|>']
@@ -242,7 +242,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
 
 @pytest.fixture
 def hf(folder):
-    """A Hugging Face folder as instruct models have it: with <s> in front, </s>, a template."""
+    """A Hugging Face folder like those of instruct models: <s> in front, </s>, a template."""
     transformers = pytest.importorskip('transformers')
     from tokenizers import processors
 
@@ -331,7 +331,7 @@ def test_the_end_is_found_wherever_it_is_said(folder, files, eos):
     assert tokenizer_of('hf').eot == expected
 
 
-def test_a_token_without_a_row_of_weights_is_a_line(hf):
+def test_a_token_without_a_row_of_weights_is_one_line(hf):
     """A [PAD] added to the tokenizer, without resizing the model."""
     hf.add_tokens(['[PAD]'])
     hf.save_pretrained('hf')
@@ -348,7 +348,7 @@ def test_a_token_without_a_row_of_weights_is_a_line(hf):
 
 @pytest.mark.parametrize('kind', ['bytes', 'pieces', 'unigram'])
 def test_long_texts_are_encoded_in_pieces_that_give_the_same_ids(folder, monkeypatch, kind):
-    """At awkward places: in runs of spaces and of one letter, in emoji, between accents."""
+    """Cut at difficult places: in runs of spaces or of a letter, in emoji, between accents."""
     library = pytest.importorskip('tokenizers')
     if kind == 'unigram':
         theirs = library.Tokenizer(library.models.Unigram())
@@ -391,7 +391,7 @@ def test_gpt2s_pieces_are_cut_where_no_token_reaches_over(gpt2, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_a_large_text_takes_memory_for_its_characters_alone(folder, tmp_path):
-    """20 MB of text; before, its ids were Python objects, and then arrays of all splits."""
+    """20 MB of text. Earlier versions kept its ids as Python objects, or all splits as arrays."""
     with open('big.txt', 'w') as file:
         file.writelines('the lion and the tin man walked on\n' for _ in range(600_000))
     code = f'''
@@ -406,7 +406,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(result.stdout.split('\n')[-2]) < 120_000  # KB, for 21 MB of text
 
 
-def test_preparing_shows_where_it_is(folder, monkeypatch, capsys):
+def test_preparing_shows_its_progress(folder, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(console.Progress, 'show_progress',
                         lambda self, fraction, text: shown.append((fraction, text)))
@@ -416,7 +416,7 @@ def test_preparing_shows_where_it_is(folder, monkeypatch, capsys):
     assert 'characters' in shown[0][1]
 
 
-def test_no_memory_for_a_text_is_a_line(folder, monkeypatch):
+def test_no_memory_for_a_text_is_one_line(folder, monkeypatch):
     (folder / 'a.txt').write_text('some text ' * 99)
 
     def fails(*_, **__):
@@ -430,7 +430,7 @@ def test_no_memory_for_a_text_is_a_line(folder, monkeypatch):
 # --- messages
 
 
-def test_what_the_library_cannot_encode_is_a_line(folder):
+def test_a_text_that_the_library_cannot_encode_is_one_line(folder):
     library = pytest.importorskip('tokenizers')
     words = library.Tokenizer(library.models.WordLevel({'the': 0, 'lion': 1}, unk_token='<unk>'))
     words.pre_tokenizer = library.pre_tokenizers.Whitespace()
@@ -450,7 +450,7 @@ def test_half_surrogates_are_replaced(folder):
     ('config', '{"model_type"'), ('config', '[1, 2]'), ('tokenizer_config', '7'),
     ('tokenizer_config', '{"eos_token"'), ('config', ''),
 ])
-def test_malformed_settings_of_a_folder_are_a_line(folder, name, text):
+def test_malformed_settings_of_a_folder_are_one_line(folder, name, text):
     pytest.importorskip('transformers')
     make_folder('hf')
     with open('hf/config.json', 'w') as file:
@@ -467,7 +467,7 @@ def test_malformed_settings_of_a_folder_are_a_line(folder, name, text):
     dict(num_attention_heads=0), dict(num_key_value_heads=0), dict(hidden_size=-1),
     dict(vocab_size='many'), dict(rope_parameters=7), dict(torch_dtype='float7'),
 ])
-def test_impossible_shapes_of_a_folder_are_a_line(folder, change):
+def test_impossible_shapes_of_a_folder_are_one_line(folder, change):
     transformers = pytest.importorskip('transformers')
     make_folder('hf')
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -501,7 +501,7 @@ def test_weights_with_code_in_them_are_refused_without_bad_advice(folder):
     assert 'weights_only' not in result.stderr and not os.path.exists('ran')
 
 
-def test_logits_that_are_not_numbers_are_a_line(tiny):
+def test_logits_that_are_not_numbers_are_one_line(tiny):
     train.train(TrainConfig(**TINY | dict(max_iters=1)))
     checkpoint = torch.load('out/best.pt', weights_only=True)
     checkpoint['model']['transformer.ln_f.weight'].fill_(float('nan'))
@@ -511,7 +511,7 @@ def test_logits_that_are_not_numbers_are_a_line(tiny):
     assert 'not finite' in result.stderr
 
 
-def test_a_closed_input_is_a_line(tiny, monkeypatch):
+def test_a_closed_input_is_one_line(tiny, monkeypatch):
     train.train(TrainConfig(**TINY | dict(max_iters=1)))
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(UserError, match='start=- reads standard input, which is closed'):
@@ -533,12 +533,12 @@ def test_compiling_without_a_compiler_still_samples(tiny, monkeypatch, capfd):
     assert '--compile=false' in result.stderr
 
 
-# --- in other places
+# --- other environments
 
 
 def test_scripts_run_where_the_output_is_a_notebooks(tiny, monkeypatch):
     class Output(io.StringIO):
-        """As IPython's: no file, and nothing to configure."""
+        """Like IPython's: it is not a file, and cannot be reconfigured."""
 
         encoding = 'UTF-8'
         reconfigure = property(lambda self: (_ for _ in ()).throw(AttributeError))

@@ -34,13 +34,13 @@ def gpt2():
 
 
 def stream(tokenizer, ids, prompt=()):
-    """What sample.py shows after each of `ids`."""
+    """The text that sample.py shows after each of `ids`."""
     text = TextStream('', list(prompt), tokenizer)
     for i in ids:
         yield text.add(int(i))
 
 
-def test_char_ids_are_places_in_the_sorted_set():
+def test_char_ids_are_positions_in_the_sorted_alphabet():
     tokenizer = CharTokenizer('hello')
     assert tokenizer.chars == 'ehlo' and tokenizer.vocab_size == 4
     assert tokenizer.encode('hole').tolist() == [1, 3, 2, 0]
@@ -151,7 +151,7 @@ def make_folder(path, kind='bytes', extra=0, eos='<|eot|>', **files):
             special_tokens=['<unk>', '<|eot|>', *(f'<0x{i:02X}>' for i in range(256))])
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_tokens([f'<extra{i}>' for i in range(extra)])
-    tokenizer.enable_truncation(5)  # a tokenizer.json may say so; it is not for us
+    tokenizer.enable_truncation(5)  # a tokenizer.json may contain it; it must have no effect
     tokenizer.enable_padding(length=7)
     os.makedirs(path, exist_ok=True)
     tokenizer.save(f'{path}/tokenizer.json')
@@ -279,7 +279,7 @@ def test_a_name_on_hugging_face_is_downloaded(folder, monkeypatch):
     assert '\n' not in str(raised.value)
 
 
-def test_an_exported_char_tokenizer_refuses_what_it_does_not_know(folder):
+def test_an_exported_char_tokenizer_refuses_unknown_characters(folder):
     transformers = pytest.importorskip('transformers')
     text = ''.join(TEXTS)
     tokenizer = CharTokenizer(text)

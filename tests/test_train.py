@@ -40,7 +40,7 @@ def test_it_can_be_imported_and_run(tiny, capsys):
 
 
 def test_a_run_from_the_shell_and_a_sample_of_it(tiny):
-    """End to end: a model that learns, its checkpoints, its log, and texts by it."""
+    """End to end: a model that learns, its checkpoints, its log, and samples."""
     result = script('train.py', *flags(**TINY | dict(max_iters=60, eval_interval=20)))
     assert result.returncode == 0, result.stderr
     seen = steps(result.stdout)
@@ -84,14 +84,14 @@ def test_the_wizards_config_learns_portuguese(folder, capsys):
 
 
 def test_best_is_really_the_best(tiny, monkeypatch, capsys):
-    """The weights move away from the best ones, whatever the rounding: best.pt is not the last."""
+    """The weights move away from the best ones, at any rounding: best.pt is not the last."""
     update = train.update
 
     def spoiling(model, *args):
         result = update(model, *args)
         if spoiling.calls >= 6:
             with torch.no_grad():
-                model.transformer.ln_f.weight.mul_(3)  # logits that are far too sure
+                model.transformer.ln_f.weight.mul_(3)  # far too confident logits
         spoiling.calls += 1
         return result
 
@@ -113,7 +113,7 @@ def test_best_is_really_the_best(tiny, monkeypatch, capsys):
     (True, [('ckpt.pt', 2), ('best.pt', 2), ('ckpt.pt', 4), ('ckpt.pt', 6), ('ckpt.pt', 8)]),
 ])
 def test_what_is_saved_when(tiny, monkeypatch, saves, always, expected):
-    """Nothing at iteration 0, however good; without `always`, only what improved."""
+    """Nothing at iteration 0, however good; without `always`, only improvements."""
     losses = iter([1, 2, 9, 8, 7])
     monkeypatch.setattr(train, 'evaluate', lambda *_, **__: dict(train=3, val=next(losses)))
     best = train.train(TrainConfig(**TINY | dict(max_iters=8, eval_interval=2),
@@ -257,12 +257,12 @@ def test_finetuning_on_another_alphabet_keeps_what_it_knows(tiny, capsys):
     settings = TINY | dict(dataset='other', out_dir='other', max_iters=1, sample_tokens=0)
     train.train(TrainConfig(**settings))
     train.train(TrainConfig(**settings | dict(init_from='out')))
-    (_, _, afresh), _, (_, _, kept), _ = steps(capsys.readouterr().out)
-    assert kept < afresh - 1
+    (_, _, from_scratch), _, (_, _, tuned), _ = steps(capsys.readouterr().out)
+    assert tuned < from_scratch - 1
     assert '#' in load_checkpoint('other')['tokenizer']['chars']
 
 
-def test_compile_that_fails_is_told_in_one_line(tiny, monkeypatch, capsys):
+def test_compile_that_fails_is_reported_in_one_line(tiny, monkeypatch, capsys):
     def broken(model):
         raise RuntimeError('no compiler here\n' + 'and a long story' * 100)
 
@@ -281,7 +281,7 @@ def raw_gpt2_ids():
 
 
 def test_raw_gpt2_ids_without_meta_are_taken(folder, capsys):
-    """nanoGPT leaves its BPE datasets as two .bin files."""
+    """nanoGPT's BPE datasets are two .bin files."""
     raw_gpt2_ids()
     train.train(TrainConfig(**TINY | dict(dataset='theirs', max_iters=1, sample_tokens=0)))
     assert load_checkpoint('out')['model_args']['vocab_size'] == 50304
@@ -289,7 +289,7 @@ def test_raw_gpt2_ids_without_meta_are_taken(folder, capsys):
 
 
 def test_a_nanogpt_checkpoint_is_resumed_and_sampled(tiny, capsys):
-    """Their keys alone, an _orig_mod. prefix, a tensor for the loss, no tokenizer."""
+    """Only nanoGPT's keys, an _orig_mod. prefix, a tensor for the loss, no tokenizer."""
     train.train(TrainConfig(**TINY))
     ours = torch.load('out/ckpt.pt', weights_only=True)
     theirs = {key: ours[key] for key in ('optimizer', 'model_args', 'iter_num')}
@@ -307,7 +307,7 @@ def test_a_nanogpt_checkpoint_is_resumed_and_sampled(tiny, capsys):
     assert [it for it, *_ in steps(capsys.readouterr().out)] == [6, 8]
 
 
-def test_wandb_gets_the_same_figures_in_one_run(tiny, monkeypatch):
+def test_wandb_gets_the_same_numbers_in_one_run(tiny, monkeypatch):
     """A resumed run continues the run there, too."""
     logged, ids = [], []
 
@@ -336,7 +336,7 @@ def test_wandb_gets_the_same_figures_in_one_run(tiny, monkeypatch):
 
 
 def test_a_nanogpt_checkpoint_of_fewer_tokens_is_refused(tiny):
-    """It has no tokenizer: all that can be asked is whether the ids fit."""
+    """It has no tokenizer, so only the number of tokens can be checked."""
     train.train(TrainConfig(**TINY | dict(max_iters=1)))
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     del checkpoint['tokenizer']
@@ -355,7 +355,7 @@ def test_a_resumed_run_takes_the_settings_it_is_given(tiny):
     assert all(group['fused'] for group in groups)
 
 
-def test_a_bigram_goes_on_but_not_with_another_alphabet(tiny):
+def test_a_bigram_is_resumed_but_not_with_another_alphabet(tiny):
     bigram = {name: value for name, value in TINY.items()
               if name not in ('n_layer', 'n_head', 'n_embd')} | dict(model='bigram')
     train.train(TrainConfig(**bigram))
