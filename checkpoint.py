@@ -46,7 +46,7 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
     states = [runtime.gather_state(optimizer) for optimizer in optimizers]
     state = best | {'optimizer': states[0], 'optimizers': states, 'scaler': scaler.state_dict()}
     is_first = log.columns is None  # the log is not open yet
-    if is_first and log.is_new and not is_evaluated and files_of_run(cfg.out_dir):
+    if is_first and log.is_new and not (is_evaluated or is_kept) and files_of_run(cfg.out_dir):
         # Stopped before its first evaluation, perhaps a mistake: the previous run stays in place.
         is_first, path = False, f'{cfg.out_dir}/stopped-{it}.pt'
     if ranks.is_main:

@@ -84,10 +84,9 @@ def from_weights(cfg, tokenizer, ranks):
         weights['transformer.wpe.weight'] = wpe[: cfg.block_size]
     if not gives_same_ids(theirs, state):
         if not theirs['type'] == state['type'] == 'char' or cls is Bigram:
-            name = theirs['type'].replace('huggingface', 'FOLDER')
             raise UserError(f'{cfg.init_from} was trained on {theirs["type"]} tokens, the dataset '
                             f'has other ({state["type"]}) ones: train from scratch, or prepare it '
-                            f'with --tokenizer={name}')
+                            'with that --tokenizer: gpt2, a folder, or data/NAME of its dataset')
         adapt_alphabet(weights, theirs['chars'], state['chars'])
         config.vocab_size = state['vocab_size']
     if state['vocab_size'] > config.vocab_size:

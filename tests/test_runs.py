@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -638,3 +639,16 @@ def test_two_first_runs_make_a_dataset_once(folder, monkeypatch):
         text = output.read()
     assert [process.exitcode for process in both] == [0, 0], text
     assert text.count('data/story: ') == 1
+
+
+def test_a_kept_checkpoint_before_the_first_evaluation_replaces_no_other_runs(tiny):
+    settings = dict(max_iters=8, eval_interval=4, keep_interval=2)
+    train.train(TrainConfig(**TINY | settings))
+    before = load_checkpoint('out/ckpt-2.pt')['model']
+    train.train(TrainConfig(**TINY | settings | dict(seed=7)))
+    kept = load_checkpoint('out/previous/ckpt-2.pt')['model']
+    assert all(torch.equal(before[name], kept[name]) for name in before)
+    names = [path.name for path in Path('out').glob('*.pt')]
+    assert sorted(names) == ['best.pt', 'ckpt-2.pt', 'ckpt-4.pt', 'ckpt-6.pt', 'ckpt-8.pt',
+                             'ckpt.pt']
+    assert load_checkpoint('out/ckpt-2.pt')['config']['seed'] == 7
