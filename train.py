@@ -333,7 +333,7 @@ def set_up(cfg, data, ranks, device, dtype, progress):
 
 
 def training_run(cfg, data, ranks, device, dtype, stop, progress):
-    """Evaluate, update and report, in turn, until max_iters. Returns the best validation loss."""
+    """Look, learn and tell, in turn, until max_iters. Returns the best validation loss."""
     cfg, raw, optimizers, scaler, run = set_up(cfg, data, ranks, device, dtype, progress)
     # Matrix products are in `dtype`; operations that need more precision stay in float32.
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -354,7 +354,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     began = time.perf_counter() - run['seconds']
 
     for it in range(run['iter_num'], cfg.max_iters + 1):  # the last turn only evaluates
-        # --- evaluate, save, sample
+        # --- look: evaluate, save, sample
         before, losses, improved, is_last = time.perf_counter(), {}, False, it == cfg.max_iters
         if it % cfg.eval_interval == 0 or is_last:
             losses = measure(model, splits)
@@ -383,7 +383,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         if is_last or stopping:
             break
 
-        # --- one update
+        # --- learn: one update
         seed = np.random.SeedSequence((cfg.seed, it, ranks.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))  # for dropout: the same if resumed, another on each rank
         rate, before = learning_rate(cfg, it), time.perf_counter()
@@ -391,7 +391,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             group['lr'] = rate * group['lr_scale']
         loss, norm, parts = update(model, batches, cfg, optimizers, scaler, amp, ranks)
 
-        # --- report: progress line, log
+        # --- tell: progress line, log
         times.append(time.perf_counter() - before)
         seconds = median(times)
         speed, is_finite = cfg.update_tokens / seconds, math.isfinite(loss + norm)

@@ -2,6 +2,7 @@
 
 import ast
 import glob
+import json
 import os
 import re
 import shlex
@@ -38,7 +39,6 @@ NOTES = os.path.join(ROOT, 'NOTES.md')
 MADE = ('out', 'data/', 'ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'meta.', 'my.txt',
         'train.bin', 'val.bin', 'test.bin', 'prompt.txt', 'wizard-hf', 'config.json',
         'model.safetensors')
-MADE += 'train_wizard_chat.py',  # until this config is there
 OZ = 'python train.py config/train_wizard_char.py '  # the TUTORIALs define `oz` as this
 # Names that only nanoGPT has.
 NANOGPT = {'configure_optimizers', 'crop_block_size', 'estimate_mfu', 'get_num_params'}
@@ -130,6 +130,22 @@ def test_commands_have_the_flags_they_are_given(path):
                 assert flag.replace('-', '_') in known, f'{script} --{flag}'
                 seen += 1
     assert seen > 10
+
+
+def test_the_notebook_is_short_and_its_commands_exist():
+    notebook = json.loads(text_of(os.path.join(ROOT, 'colab.ipynb')))
+    assert len(notebook['cells']) <= 10
+    seen = 0
+    for cell in notebook['cells']:
+        assert not cell.get('outputs') and not cell.get('execution_count')
+        for script, rest in re.findall(r'^!python (\S+)(.*)', ''.join(cell['source']), re.M):
+            known = {field.name for field in fields(CONFIGS[script])}
+            flags = re.findall(r'(?<= )--([\w-]+)', rest)
+            assert {flag.replace('-', '_') for flag in flags} <= known, rest
+            for path in re.findall(r'config/\w+\.py', rest):
+                assert os.path.exists(os.path.join(ROOT, path))
+            seen += 1
+    assert seen == 6
 
 
 @each(*READMES, *TUTORIALS, NOTES)
