@@ -6,7 +6,7 @@
 out_dir = 'out-wizard-chat'
 dataset = 'wizard_chat'
 
-eval_interval = 600
+eval_interval = 650
 eval_iters = 20
 log_interval = 100
 sample_start = 'What is 7 + 8?'
@@ -27,5 +27,5 @@ muon_weight_decay = 0.3  # high: it is to find rules, not to know all questions 
 learning_rate = 1e-2  # AdamW's, for embeddings, head and norms
 min_lr = 0.0
 warmup_iters = 50
-max_iters = 3600
+max_iters = 2600
 beta2 = 0.99  # an update sees few answers
