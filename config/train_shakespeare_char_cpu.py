@@ -1,6 +1,6 @@
-# Tiny Shakespeare by characters, by a GPT: a validation loss of 1.542 nats per character over the
-# whole split. On two CPU cores 2,000 updates of 22 ms with bf16 instructions, 51 ms without
-# (emulated), so a little less than one minute or two.
+# Tiny Shakespeare by characters, by a GPT, in 49 s on two CPU cores with bf16 instructions, 103 s
+# without them (emulated): a validation loss of 1.533 nats per character (1.542 over the whole
+# split).
 
 out_dir = 'out-shakespeare-cpu'
 dataset = 'shakespeare_char'

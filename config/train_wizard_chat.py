@@ -1,7 +1,7 @@
-# A small Llama that learns to answer questions about Oz, to translate, to spell and to add, on two
-# CPU cores: 3,600 updates of 30 ms with bf16 instructions, 65 ms without (emulated), so about two
-# minutes or four. Of the 289 held-out questions it answers 0.920 exactly right; with
-# --max_iters=3000, 0.903.
+# A small Llama that learns to answer questions about Oz, to translate, to spell and to add: 91 s
+# on two CPU cores with bf16 instructions, 162 s without them (emulated). Of the 289 held-out
+# questions it answers 0.907 exactly right, and 0.858 if trained without bf16. With
+# --max_iters=3600, and bf16, 0.920.
 
 out_dir = 'out-wizard-chat'
 dataset = 'wizard_chat'

@@ -1,6 +1,7 @@
-# The Wonderful Wizard of Oz with today's architecture and optimizer, in the same time as
-# config/train_wizard_char.py. Expect a validation loss of 1.312 nats per character on the
-# retelling, 1.241 on the book, where the GPT gets 1.370 and 1.299.
+# The Wonderful Wizard of Oz with today's architecture: 55 s on two CPU cores with bf16
+# instructions, 88 s without them (emulated). Expect a validation loss of 1.306 nats per character
+# on the retelling, 1.240 on the book, where the GPT of config/train_wizard_char.py gets 1.347 and
+# 1.272.
 
 out_dir = 'out-wizard-llama'
 dataset = 'wizard_char'
