@@ -24,7 +24,8 @@ import torch._dynamo  # as an optimizer does: once here, not in each process tha
 
 import console
 import prepare_text
-from console import Progress
+from console import Progress, UserError
+from tokenizer import GPT2Tokenizer
 
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # its threads would not survive a fork
 os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: their models are small
@@ -72,6 +73,16 @@ def tiny(folder):
         text = file.read(20_000)
     prepare_text.prepare(text, 'tiny', test_fraction=0.1, source='test')
     return folder
+
+
+def gpt2_tokenizer():
+    """A GPT2Tokenizer; skips the test where tiktoken has no files and cannot download them."""
+    tokenizer = GPT2Tokenizer()
+    try:
+        tokenizer.bpe
+    except UserError:
+        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
+    return tokenizer
 
 
 def flags(**settings):

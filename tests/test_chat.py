@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, script, train_together
+from conftest import ROOT, TINY, flags, gpt2_tokenizer, script, train_together
 
 import chat
 import console
@@ -28,7 +28,7 @@ from console import UserError
 from dataset import Dataset, Split, evaluation_batches, training_batches
 from prepare_chat import read_conversations
 from runtime import Ranks
-from tokenizer import CharTokenizer, GPT2Tokenizer, gives_same_ids, tokenizer_from, tokenizer_of
+from tokenizer import CharTokenizer, gives_same_ids, tokenizer_from, tokenizer_of
 
 CPU, ALONE = torch.device('cpu'), SimpleNamespace(rank=0, world_size=1)
 CHAT = TINY | dict(dataset='qa', block_size=80)
@@ -176,9 +176,10 @@ def test_lines_end_at_line_feeds_alone(folder):
     assert question['content'] == 'ação \u2028 😀'
 
 
-@pytest.mark.parametrize('tokenizer, end', [
-    (CharTokenizer('asistn\nuer ␃'), '␃'), (GPT2Tokenizer(), '<|endoftext|>')])
-def test_the_end_inside_a_message_is_refused(tokenizer, end):
+@pytest.mark.parametrize('make, end', [
+    (lambda: CharTokenizer('asistn\nuer ␃'), '␃'), (gpt2_tokenizer, '<|endoftext|>')])
+def test_the_end_inside_a_message_is_refused(make, end):
+    tokenizer = make()
     with pytest.raises(UserError, match='leave it out'):
         chat.encode_chat(with_template(tokenizer), [user(f'a{end}n')])
 
@@ -429,7 +430,7 @@ def test_a_template_is_in_a_sandbox(asked):
 def test_a_template_that_changes_earlier_turns_is_refused():
     template = '{{ messages | length }}' + chat.TEMPLATE
     with pytest.raises(UserError, match='earlier messages'):
-        chat.encode_chat(with_template(GPT2Tokenizer(), template), MESSAGES)
+        chat.encode_chat(with_template(gpt2_tokenizer(), template), MESSAGES)
 
 
 def test_a_template_belongs_to_the_state_but_decides_no_ids():
@@ -454,10 +455,11 @@ def same_ids(ours, theirs, messages, header):
     return ours.decode(ids[learned])
 
 
-@pytest.mark.parametrize('tokenizer', [
-    CharTokenizer('What is sytem user\nassistant 0123456789+?␃'), GPT2Tokenizer()],
+@pytest.mark.parametrize('make', [
+    lambda: CharTokenizer('What is sytem user\nassistant 0123456789+?␃'), gpt2_tokenizer],
     ids=['characters', 'gpt2'])
-def test_ids_are_those_of_transformers(tokenizer):
+def test_ids_are_those_of_transformers(make):
+    tokenizer = make()
     end = tokenizer.decode([tokenizer.eot])
     theirs = theirs_of(tokenizer, eos_token=end, chat_template=chat.TEMPLATE)
     with_template(tokenizer)
@@ -467,7 +469,7 @@ def test_ids_are_those_of_transformers(tokenizer):
 
 
 def test_a_tokenizer_keeps_its_own_template(folder):
-    theirs = theirs_of(GPT2Tokenizer(), eos_token='<|im_end|>', chat_template=CHATML,
+    theirs = theirs_of(gpt2_tokenizer(), eos_token='<|im_end|>', chat_template=CHATML,
                        additional_special_tokens=['<|im_start|>'])
     theirs.save_pretrained('chatml')
     ours = tokenizer_of('chatml')
@@ -480,7 +482,7 @@ def test_a_tokenizer_keeps_its_own_template(folder):
 
 def test_a_template_may_name_the_first_token(folder):
     template = '{{ bos_token }}' + CHATML
-    theirs = theirs_of(GPT2Tokenizer(), eos_token='<|im_end|>', bos_token='<|begin|>',
+    theirs = theirs_of(gpt2_tokenizer(), eos_token='<|im_end|>', bos_token='<|begin|>',
                        chat_template=template, additional_special_tokens=['<|im_start|>'])
     theirs.save_pretrained('chatml')
     ours = tokenizer_of('chatml')
@@ -640,7 +642,7 @@ def test_chat_reads_an_exported_folder(taught):
 def test_chat_with_an_instruct_folder(folder):
     """A Llama of another vocabulary, with a template and an end of its own."""
     transformers = pytest.importorskip('transformers')
-    tokenizer = theirs_of(GPT2Tokenizer(), eos_token='<|im_end|>', bos_token='<s>',
+    tokenizer = theirs_of(gpt2_tokenizer(), eos_token='<|im_end|>', bos_token='<s>',
                           chat_template='{{ bos_token }}' + CHATML,
                           additional_special_tokens=['<|im_start|>'])
     tokenizer.save_pretrained('instruct')

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, STORY, TINY, edited
+from conftest import ROOT, STORY, TINY, edited, gpt2_tokenizer
 
 import prepare_text
 
@@ -309,6 +309,7 @@ bench.main(['--row=sample', '--device=cuda'])
 
 
 def test_bench_measures_on_a_gpu(cuda):
+    gpt2_tokenizer()
     report = cuda.ask(BENCH)
     assert not report.error, report.error
     assert '| train | ' in report.output and '| sample | ' in report.output, report.output
