@@ -86,7 +86,7 @@ def from_weights(cfg, tokenizer, ranks):
         if not theirs['type'] == state['type'] == 'char' or cls is Bigram:
             raise UserError(f'{cfg.init_from} was trained on {theirs["type"]} tokens, the dataset '
                             f'has other ({state["type"]}) ones: train from scratch, or prepare it '
-                            'with that --tokenizer: gpt2, a folder, or data/NAME of its dataset')
+                            'with those: --tokenizer=gpt2, =FOLDER, or =data/NAME')
         adapt_alphabet(weights, theirs['chars'], state['chars'])
         config.vocab_size = state['vocab_size']
     if state['vocab_size'] > config.vocab_size:
