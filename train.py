@@ -414,8 +414,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. Try a lower '
-                            '--learning_rate, a smaller --grad_clip or --dtype=float32 (CUDA: TF32)')
+                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. Use a lower '
+                            '--learning_rate or --grad_clip, or --dtype=float32 (on CUDA: TF32)')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
