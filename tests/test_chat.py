@@ -207,6 +207,15 @@ def test_another_datasets_alphabet_is_extended_by_the_end(asked):
     assert Dataset('c', Ranks()).tokenizer.state() == Dataset('qa', Ranks()).tokenizer.state()
 
 
+def test_the_questions_about_oz_are_made_into_a_dataset_when_they_are_asked_for(folder):
+    conversations = read_conversations([prepare_chat.QUESTIONS])
+    assert len(conversations) == 2883  # none is repeated
+    data = Dataset('wizard_chat', Ranks())
+    assert data.tokenizer.chat_template == chat.TEMPLATE
+    assert sum(len(split.borders) - 1 for split in data.splits.values()) == 2883
+    assert data.splits['train'].longer_than(128) == 0
+
+
 # --- files that belong together
 
 
