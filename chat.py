@@ -73,30 +73,35 @@ def compiled(template):
     return environment.from_string(template).render
 
 
-def encode_chat(tokenizer, messages):
-    """(ids, learned) of a conversation: arrays (T,), int64 and bool.
+def render(tokenizer, messages):
+    """One text of a conversation; after a question, with the header of an answer. Raises UserError.
 
-    messages: dicts with `role` (system, user or assistant) and `content`. ids: as by transformers'
-    `apply_chat_template`; after a question, with the header of an answer. learned: whether the
-    assistant writes an id: true for its answers and their ends, not for headers. Raises UserError.
+    messages: dicts with `role` (system, user or assistant) and `content`.
     """
     from jinja2 import TemplateError
 
     end = tokenizer.decode([tokenizer.eot])
     if any(end in message['content'] for message in messages):
         raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
+    with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
+                     f'{str(messages)[:80]}', 'change the roles or their order'):
+        return compiled(tokenizer.chat_template)(
+            messages=messages, eos_token=end,
+            add_generation_prompt=messages[-1]['role'] != 'assistant')
 
-    def render(messages, header):
-        with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
-                         f'{str(messages)[:80]}', 'change the roles or their order'):
-            return compiled(tokenizer.chat_template)(
-                messages=messages, add_generation_prompt=header, eos_token=end)
 
-    text = render(messages, messages[-1]['role'] != 'assistant')
+def encode_chat(tokenizer, messages):
+    """(ids, learned) of a conversation: arrays (T,), int64 and bool.
+
+    ids: as by transformers' `apply_chat_template`. learned: whether the assistant writes an id:
+    true for its answers and their ends, not for headers. Raises UserError.
+    """
+    text = render(tokenizer, messages)
     ids = np.array(tokenizer.encode_special(text), int)
 
-    def length(part):
-        """How many of the ids are of `part`, the beginning of `text`."""
+    def length(messages):
+        """How many of the ids are of these messages, the first ones."""
+        part = render(tokenizer, messages)
         if not text.startswith(part):
             raise UserError("the tokenizer's chat template changes earlier messages when others "
                             'follow: use conversations of one question and one answer')
@@ -106,15 +111,14 @@ def encode_chat(tokenizer, messages):
     learned = np.zeros(len(ids), bool)
     for i, message in enumerate(messages):
         if message['role'] == 'assistant':
-            header = length(render(messages[:i], True))
-            learned[header : length(render(messages[: i + 1], False))] = True
+            learned[length(messages[:i]) : length(messages[: i + 1])] = True
     return ids, learned
 
 
 def question_ids(tokenizer, question, history=()):
     """A list of ids, to be continued by the answer. history: earlier messages."""
-    ids, _ = encode_chat(tokenizer, [*history, {'role': 'user', 'content': question.strip()}])
-    return ids.tolist()
+    messages = [*history, {'role': 'user', 'content': question.strip()}]
+    return tokenizer.encode_special(render(tokenizer, messages)).tolist()
 
 
 def questions(in_terminal):

@@ -26,7 +26,7 @@ import numpy as np
 import console
 from chat import TEMPLATE, encode_chat
 from configurator import override
-from console import Progress, UsageError, UserError, user_errors
+from console import Progress, UserError, user_errors
 from prepare_text import (
     TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset,
 )
@@ -101,8 +101,6 @@ def prepare(conversations, dataset, tokenizer='char', val_fraction=0.1, test_fra
 def main(argv):
     inputs = [arg for arg in argv if not arg.startswith('-')] or [QUESTIONS]
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
-    if not cfg.dataset:
-        raise UsageError('--dataset is needed: for example --dataset=my_chat')
     check_name(cfg.dataset)
     prepare(read_conversations(inputs, cfg.errors), cfg.dataset, cfg.tokenizer, cfg.val_fraction,
             cfg.test_fraction, source=' '.join(Path(path).name for path in inputs))

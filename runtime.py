@@ -6,7 +6,6 @@ import gc
 import hashlib
 import os
 import socket
-import sys
 from datetime import timedelta
 from functools import partial
 from textwrap import shorten
@@ -133,7 +132,7 @@ class Ranks:
         found = {name: os.environ.get(name) for name in alone}
         with user_errors((ValueError, TypeError), f'the environment has {found}',
                          'set all three, as torchrun does, or none'):
-            found = found if any(found.values()) else alone
+            found = alone if set(found.values()) == {None} else found
             self.rank, self.local_rank, self.world_size = map(int, found.values())
             if not 0 <= self.rank < self.world_size:
                 raise ValueError('RANK must be from 0 to WORLD_SIZE - 1')

@@ -3,12 +3,10 @@
 import contextlib
 import csv
 import io
-import itertools
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time

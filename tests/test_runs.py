@@ -373,6 +373,7 @@ WHOLE = rank_of(0, 1, 1234)
 
 
 @pytest.mark.parametrize('env, words', [
+    (dict(RANK='', LOCAL_RANK='', WORLD_SIZE=''), "'RANK': ''"),
     (dict(RANK='0'), "'WORLD_SIZE': None"), (WHOLE | dict(WORLD_SIZE=''), "'WORLD_SIZE': ''"),
     (dict(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1'), 'MASTER_ADDR'),
     (WHOLE | dict(RANK='first'), "'RANK': 'first'"), (WHOLE | dict(RANK='-1'), "'RANK': '-1'"),
