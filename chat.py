@@ -22,10 +22,11 @@ import torch
 import console
 import runtime
 from checkpoint import load_model
-from configurator import check, override
-from console import UsageError, UserError, user_errors
-from model import sample_from, stream
+from configurator import override
+from console import UserError, user_errors
+from model import stream
 from quantize import prepare_for_sampling
+from sample import SamplingConfig
 from tokenizer import TextStream
 
 TEMPLATE = (  # each message under its role, with the end-of-text token behind it
@@ -36,26 +37,8 @@ TEMPLATE = (  # each message under its role, with the end-of-text token behind i
 
 
 @dataclass
-class ChatConfig:
-    init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: a folder, a name
-    out_dir: str = 'out'  # the folder that train.py wrote: reads best.pt, or else ckpt.pt
+class ChatConfig(SamplingConfig):
     system: str = ''  # a message that begins each conversation, if the model was trained with one
-    max_new_tokens: int = 500  # the most tokens in an answer
-    temperature: float = 0.8  # 1: the model's probabilities; lower: safer; 0: the likeliest token
-    top_k: int | None = 200  # keep only the k likeliest tokens; none: all
-    top_p: float | None = None  # keep the likeliest tokens that together reach this probability
-    seed: int = 1337  # the same seed and questions, the same answers
-    device: str = 'auto'  # the best of cuda, mps, cpu; or one by name, for example cuda:1
-    dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
-    quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
-
-    def __post_init__(self):
-        """Refuse impossible values before anything slow. Raises UsageError."""
-        check(self, at_least_1='max_new_tokens', quantize=['', 'int8'])
-        try:
-            sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
 
 
 @lru_cache
@@ -123,6 +106,8 @@ def question_ids(tokenizer, question, history=()):
 
 def questions(in_terminal):
     """Yield the lines that the user types, or those of a pipe, without spaces around them."""
+    if sys.stdin is None:  # closed by <&-
+        return
     sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
     if not in_terminal:
         yield from map(str.strip, sys.stdin)
@@ -146,7 +131,7 @@ def chat(cfg):
     amp = prepare_for_sampling(model, device, dtype, cfg.quantize, exact=cfg.dtype != 'auto')
     generator = torch.Generator(device).manual_seed(cfg.seed)
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
-    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    in_terminal = bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
     block_size = model.config.block_size
     longest = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for an answer
     history = []  # messages: a question, its answer, the next question ...

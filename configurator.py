@@ -124,9 +124,9 @@ def check(config, at_least_1='', below_1='', **choices):
 
 def describe(config):
     """All settings with their values and their comments in the source, under its headings."""
-    lines = []
-    for name, reason in re.findall(r'^    (# .*|\w+)(?:: .*  # (.*))?',
-                                   inspect.getsource(type(config)), re.M):
+    lines, classes = [], type(config).__mro__[-2::-1]  # a base class first
+    source = ''.join(map(inspect.getsource, classes))
+    for name, reason in re.findall(r'^    (# .*|\w+)(?:: .*  # (.*))?', source, re.M):
         if name.startswith('#'):
             lines.append(f'\n{name}')
         elif hasattr(config, name):

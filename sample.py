@@ -24,22 +24,17 @@ from tokenizer import TextStream, prompt_ids
 
 
 @dataclass
-class SampleConfig:
+class SamplingConfig:  # chat.py has these too
     init_from: str = 'resume'  # resume: out_dir; a checkpoint; or Hugging Face's: gpt2, a folder
     out_dir: str = 'out'  # the folder that train.py wrote: reads best.pt, or else ckpt.pt
-    start: str = '\n'  # the prompt; \n alone is a line break; FILE:path: a file; -: standard input
-    num_samples: int = 3  # how many texts
-    max_new_tokens: int = 500  # tokens added to each
+    max_new_tokens: int = 500  # the most tokens that are added to a text
     temperature: float = 0.8  # 1: the model's probabilities; lower: safer; 0: the likeliest token
     top_k: int | None = 200  # keep only the k likeliest tokens; none: all
     top_p: float | None = None  # keep the likeliest tokens that together reach this probability
-    stop: str = ''  # a text ends before this, which is not shown
-    end: bool = True  # a text ends at the end-of-text token; false: it continues
-    seed: int = 1337  # the same seed, the same texts
+    seed: int = 1337  # the same seed and prompts, the same texts
     device: str = 'auto'  # the best of cuda, mps, cpu; or one by name, for example cuda:1
     dtype: str = 'auto'  # the best the hardware supports natively: bfloat16, float16 or float32
     quantize: str = ''  # int8 stores the weights in 8 bits: faster, a quarter of float32's memory
-    compile: bool = False  # torch.compile: slow to start, faster for very long texts
 
     def __post_init__(self):
         """Refuse impossible values before anything slow. Raises UsageError."""
@@ -48,6 +43,15 @@ class SampleConfig:
             sample_from(torch.zeros(1, 1), self.temperature, self.top_k, self.top_p)
         except ValueError as error:
             raise UsageError(str(error)) from None
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    start: str = '\n'  # the prompt; \n alone is a line break; FILE:path: a file; -: standard input
+    num_samples: int = 3  # how many texts
+    stop: str = ''  # a text ends before this, which is not shown
+    end: bool = True  # a text ends at the end-of-text token; false: it continues
+    compile: bool = False  # torch.compile: slow to start, faster for very long texts
 
 
 def read_prompt(start):
@@ -60,11 +64,6 @@ def read_prompt(start):
         sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)
         return sys.stdin.read().removesuffix('\n')  # which echo adds
     return start
-
-
-def is_of_compile(error):
-    """Whether torch.compile raised this exception."""
-    return type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
 
 
 def print_samples(cfg, prompt):
@@ -87,7 +86,8 @@ def print_samples(cfg, prompt):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     eot = tokenizer.eot if cfg.end else None
     texts = [TextStream(prompt, ids, tokenizer, cfg.stop, eot) for _ in range(cfg.num_samples)]
-    with amp, user_errors(Exception, 'torch.compile failed', 'add --compile=false', is_of_compile):
+    with amp, user_errors(Exception, 'torch.compile failed', 'add --compile=false', lambda error:
+                          type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))):
         for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
                              generator, tokenizer.vocab_size):
             new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]

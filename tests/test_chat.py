@@ -442,6 +442,14 @@ def test_a_template_that_changes_earlier_turns_is_refused():
         chat.encode_chat(with_template(gpt2_tokenizer(), template), MESSAGES)
 
 
+def test_such_a_template_can_still_ask():
+    tokenizer = with_template(CharTokenizer('What is sytem user\nassistant 0123456789+?␃'),
+                              '{{ messages | length }}' + chat.TEMPLATE)
+    ids = chat.question_ids(tokenizer, 'What is 3?', MESSAGES[:2])
+    assert tokenizer.decode(ids) == (
+        '3user\nWhat is 2?␃assistant\n4␃user\nWhat is 3?␃assistant\n')
+
+
 def test_a_template_belongs_to_the_state_but_decides_no_ids():
     plain, taught = (CharTokenizer('user ␃') for _ in range(2))
     with_template(taught)
@@ -576,6 +584,12 @@ def test_the_oldest_exchanges_are_dropped_never_the_question(taught, monkeypatch
     assert all(text.startswith('system\nWhat␃user\n') for text in final.values())
     assert any('What is 7?␃assistant' in text and 'What is 8?' in text for _, text in asked)
     assert seen[-1] > seen[0]
+
+
+def test_closed_input_is_its_end(taught, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdin', None)
+    chat.main(['--out_dir=out', '--device=cpu'])
+    assert capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize('args, wrong', [
