@@ -26,7 +26,7 @@ from types import SimpleNamespace
 
 
 class UserError(Exception):
-    """A mistake that a user can fix, in one line: what is wrong, the value, and what to do."""
+    """A mistake that a user can fix; its one-line message: what is wrong, the value, a remedy."""
 
 
 class UsageError(UserError):

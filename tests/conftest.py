@@ -85,6 +85,11 @@ def gpt2_tokenizer():
     return tokenizer
 
 
+@pytest.fixture(scope='session')
+def gpt2():
+    return gpt2_tokenizer()
+
+
 def flags(**settings):
     return [f'--{name}={value}' for name, value in settings.items()]
 

@@ -112,7 +112,8 @@ def weights_and_losses(folder):
 @pytest.mark.parametrize('model', ['gpt', 'llama'])
 @pytest.mark.parametrize('how', ['alone', 'together', 'sharded', 'compiled'])
 def test_recomputed_activations_give_the_same_run_to_the_bit(tiny, monkeypatch, how, model):
-    settings = RUN | dict(compile=how == 'compiled', model=model, dropout=0.1, shard=how == 'sharded')
+    settings = RUN | dict(compile=how == 'compiled', shard=how == 'sharded', model=model,
+                          dropout=0.1)
     if how == 'compiled':
         compile = torch.compile
         monkeypatch.setattr(torch, 'compile', lambda net: compile(net, backend='aot_eager'))

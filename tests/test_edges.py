@@ -55,16 +55,6 @@ def error_of(capsys, monkeypatch):
     return run
 
 
-@pytest.fixture
-def bpe():
-    tokenizer = tokenizers_of_ours.GPT2Tokenizer()
-    try:
-        tokenizer.bpe
-    except UserError:
-        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
-    return tokenizer
-
-
 def run(**settings):
     return train.train(TrainConfig(**RUN | settings), catch_signals=True)
 
@@ -400,7 +390,7 @@ def test_openwebtext_is_not_downloaded_unasked(folder, error_of):
 @pytest.mark.parametrize('name', ['wizard_char', 'shakespeare_char', 'shakespeare'])
 def test_a_dataset_that_we_can_make_is_made(folder, monkeypatch, request, name):
     if name == 'shakespeare':
-        request.getfixturevalue('bpe')
+        request.getfixturevalue('gpt2')
     os.makedirs(f'data/{name}')
     with open(STORY, encoding='utf-8') as story, open(f'data/{name}/input.txt', 'w') as file:
         file.write(story.read(5_000))  # as if downloaded before
@@ -498,22 +488,22 @@ def test_other_byte_pairs_are_not_taken_for_gpt2s(folder, error_of):
     assert 'gpt2' in error and '--tokenizer=' in error
 
 
-def test_as_many_byte_pairs_with_other_ids_are_not_gpt2s(folder, bpe):
+def test_as_many_byte_pairs_with_other_ids_are_not_gpt2s(folder, gpt2):
     pytest.importorskip('tokenizers')
     import export_hf
 
-    library_form = json.loads(export_hf.hugging_face_tokenizer(bpe).to_str())
+    library_form = json.loads(export_hf.hugging_face_tokenizer(gpt2).to_str())
     os.mkdir('same')
     with open('same/tokenizer.json', 'w', encoding='utf-8') as file:
         json.dump(library_form, file)
-    assert tokenizers_of_ours.tokenizer_of('same').state() == bpe.state()
+    assert tokenizers_of_ours.tokenizer_of('same').state() == gpt2.state()
     vocab = library_form['model']['vocab']
     vocab['Ġlion'], vocab['Ġthe'] = vocab['Ġthe'], vocab['Ġlion']
     os.mkdir('other')
     with open('other/tokenizer.json', 'w', encoding='utf-8') as file:
         json.dump(library_form, file)
     other = tokenizers_of_ours.tokenizer_of('other')
-    assert other.encode(' lion the').tolist() == bpe.encode(' the lion').tolist()
+    assert other.encode(' lion the').tolist() == gpt2.encode(' the lion').tolist()
 
 
 def test_another_epsilon_is_refused(folder):
@@ -536,7 +526,7 @@ def test_an_exported_alphabet_refuses_unknown_characters(tiny):
         fast('the ☃')
 
 
-def test_openai_weights_stay_unpadded(folder, bpe):
+def test_openai_weights_stay_unpadded(folder, gpt2):
     save_gpt2('hf', vocab_size=50257)
     os.makedirs('data/raw')
     for name in ('train', 'val'):
@@ -938,7 +928,8 @@ def test_tokens_are_counted_when_the_batch_changes(tiny):
 
 
 def test_ctrl_c_while_a_dataset_is_made_ends_quietly(tiny, monkeypatch, capfd):
-    monkeypatch.setattr(prepare_text.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        prepare_text.subprocess, 'run', lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(dataset='wizard_char')
     assert capfd.readouterr().out == ''

@@ -41,8 +41,8 @@ def rows(folder='out'):
 ])
 def test_a_mistake_in_a_block_shows_its_line(tiny, source, slip):
     works(source, max_iters=1)
-    edited(source, 'model.py', ('        x = x + self.attn(self.ln_1(x), cache)\n',
-                                f'        {slip}\n        x = x + self.attn(self.ln_1(x), cache)\n'))
+    line = '        x = x + self.attn(self.ln_1(x), cache)\n'
+    edited(source, 'model.py', (line, f'        {slip}\n{line}'))
     for result in (run(source, out_dir='other'),
                    run(source, script_name='sample.py', out_dir='out', device='cpu')):
         assert result.returncode == 1
@@ -77,7 +77,8 @@ OWN_START = [('        self.mlp = MLP(config)\n', '''        self.mlp = MLP(conf
         self.mlp.c_fc.weight.data.fill_(0.5)
         self.register_buffer('seen', torch.full((3,), 4.0))
         self.register_buffer('hidden', torch.arange(5.0), persistent=False)
-'''), ('        return x + self.mlp(self.ln_2(x))\n', '''        assert self.hidden.tolist() == [0, 1, 2, 3, 4]
+'''), ('        return x + self.mlp(self.ln_2(x))\n',
+     '''        assert self.hidden.tolist() == [0, 1, 2, 3, 4]
         if self.training and torch.is_grad_enabled():
             self.seen += 1
         return x + (self.mlp(self.ln_2(x)) @ self.table) * self.scale
@@ -145,7 +146,8 @@ def test_a_column_is_one_edit_and_an_older_log_is_continued(tiny, source):
         assert float(row['twice, so to say']) == pytest.approx(2 * float(row['train_loss']))
     edited(source, 'train.py', ("'twice, so to say': 2 * loss, ", ''))
     works(source, max_iters=8, init_from='resume')
-    assert [row['twice, so to say'] != '' for row in rows()] == [False] * 4 + [True] * 2 + [False] * 3
+    assert [row['twice, so to say'] != '' for row in rows()] == (
+        [False] * 4 + [True] * 2 + [False] * 3)
     assert all(row['train_loss'] for row in rows()[:8])
 
 

@@ -18,7 +18,7 @@ from checkpoint import load_checkpoint, load_model
 from console import UsageError, UserError
 from model import GPT, GPTConfig
 from pretrained import read_pretrained
-from tokenizer import CharTokenizer, GPT2Tokenizer, tokenizer_of
+from tokenizer import CharTokenizer, tokenizer_of
 from train import TrainConfig
 
 transformers = pytest.importorskip('transformers')
@@ -34,16 +34,6 @@ def theirs(folder):
         p.data += 0.1 * torch.randn_like(p)
     model.save_pretrained('hf')
     return model
-
-
-@pytest.fixture
-def bpe():
-    tokenizer = GPT2Tokenizer()
-    try:
-        tokenizer.bpe
-    except UserError:
-        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
-    return tokenizer
 
 
 @torch.no_grad()
@@ -72,7 +62,7 @@ def test_openais_weights_by_their_name(theirs, monkeypatch):
     assert ours.config.block_size == 1024 and ours.config.vocab_size == 50257
 
 
-def test_a_name_is_read_from_the_downloaded_files(theirs, bpe, folder):
+def test_a_name_is_read_from_the_downloaded_files(theirs, gpt2, folder):
     """Without a network, as if they had been downloaded before."""
     cache = folder / 'home/hub/models--gpt2'
     shutil.copytree('hf', cache / 'snapshots/1')
@@ -152,26 +142,26 @@ def test_an_exported_char_model_writes_the_same(tiny, capsys, bias):
         export_hf.main(['--out_dir=out', '--to=hf'])
 
 
-def test_an_exported_gpt2_model_writes_the_same(folder, bpe):
+def test_an_exported_gpt2_model_writes_the_same(folder, gpt2):
     torch.manual_seed(0)
     ours = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)).eval()
     for p in ours.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    export_hf.export(ours, bpe, 'hf')
-    idx = torch.from_numpy(bpe.encode('The Lion’s tail').astype(np.int64))[None]
+    export_hf.export(ours, gpt2, 'hf')
+    idx = torch.from_numpy(gpt2.encode('The Lion’s tail').astype(np.int64))[None]
     ids = ours.generate(idx, 30, temperature=0, vocab_size=50257)[0].tolist()
-    if bpe.eot in ids:
-        ids = ids[: ids.index(bpe.eot) + 1]
-    assert greedy('hf', 'The Lion’s tail', 30) == bpe.decode(ids)
+    if gpt2.eot in ids:
+        ids = ids[: ids.index(gpt2.eot) + 1]
+    assert greedy('hf', 'The Lion’s tail', 30) == gpt2.decode(ids)
 
 
-def test_tokenizers_agree(folder, bpe):
-    for tokenizer in (bpe, CharTokenizer(''.join(TEXTS))):
+def test_tokenizers_agree(folder, gpt2):
+    for tokenizer in (gpt2, CharTokenizer(''.join(TEXTS))):
         theirs = export_hf.hugging_face_tokenizer(tokenizer)
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs)
         fast.save_pretrained('t')
         fast = transformers.AutoTokenizer.from_pretrained('t')
-        for text in (''.join(TEXTS), "don't  stop\n\n 1234 x" if tokenizer is bpe else 'hello'):
+        for text in (''.join(TEXTS), "don't  stop\n\n 1234 x" if tokenizer is gpt2 else 'hello'):
             assert fast(text).input_ids == tokenizer.encode(text).tolist()
             assert fast.decode(tokenizer.encode(text).tolist()) == text
         assert tokenizer_of('t').state() == tokenizer.state()

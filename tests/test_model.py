@@ -254,7 +254,8 @@ def test_flops_per_token_of_gpt2():
     with torch.device('meta'):
         model = GPT(GPTConfig(vocab_size=50257))
     looked_up_or_norms = 1024 * 768 + 25 * 2 * 768
-    assert runtime.flops_per_token(model, 1024) == 6 * (124_439_808 - looked_up_or_norms) + 12 * 12 * 768 * 1024
+    assert runtime.flops_per_token(model, 1024) == (
+        6 * (124_439_808 - looked_up_or_norms) + 12 * 12 * 768 * 1024)
 
 
 @pytest.mark.parametrize('wrong, words', [

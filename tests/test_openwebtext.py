@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import bench_openwebtext as bench
 import numpy as np
 import pytest
-from conftest import ROOT, STORY, script
+from conftest import ROOT, STORY, gpt2_tokenizer, script
 from test_data import contents
 from test_edges import error_of  # noqa: F401: a fixture
 
@@ -37,10 +37,7 @@ SETTINGS = ['--dataset=web', '--num_proc=1', '--val_fraction=0.1']
 
 @pytest.fixture(scope='module')
 def bpe():
-    try:
-        return GPT2Tokenizer().bpe
-    except UserError:
-        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
+    return gpt2_tokenizer().bpe
 
 
 @pytest.fixture(autouse=True)

@@ -38,8 +38,8 @@ def run(**settings):
 
 
 def contents(folder):
-    return {name: open(os.path.join(folder, name), 'rb').read() for name in sorted(os.listdir(folder))
-            if os.path.isfile(os.path.join(folder, name))}
+    paths = sorted(Path(folder).iterdir())
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def rows(folder='out'):
@@ -346,7 +346,8 @@ def test_settings_that_differ_from_the_checkpoints_are_named(tiny, capsys):
     assert 'changed since' not in capsys.readouterr().out
     run(max_iters=6, init_from='resume', learning_rate=6e-4, dropout=0.1)
     (line,) = [line for line in capsys.readouterr().out.split('\n') if 'changed since' in line]
-    for words in ('learning_rate=0.0006 (was 0.01)', 'dropout=0.1 (was 0.0)', 'max_iters=6 (was 4)'):
+    for words in ('learning_rate=0.0006 (was 0.01)', 'dropout=0.1 (was 0.0)',
+                  'max_iters=6 (was 4)'):
         assert words in line
     assert 'init_from' not in line
 
@@ -406,7 +407,8 @@ def test_training_from_python_changes_nothing_in_the_process(tiny):
         return dict(
             rng=torch.get_rng_state().tolist(), numpy=np.random.get_state()[1].tolist(),
             precision=torch.get_float32_matmul_precision(), dtype=torch.get_default_dtype(),
-            threads=torch.get_num_threads(), frozen=gc.get_freeze_count(), grad=torch.is_grad_enabled(),
+            threads=torch.get_num_threads(), frozen=gc.get_freeze_count(),
+            grad=torch.is_grad_enabled(),
             signals=[signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
             swap=torch.__future__.get_swap_module_params_on_conversion(), path=list(sys.path),
             adamw=dict(vars(torch.optim.AdamW)), optimizer=dict(vars(torch.optim.Optimizer)),
@@ -437,7 +439,8 @@ def test_output_that_is_not_utf8_does_not_end_a_run(tiny, monkeypatch):
 
 @pytest.mark.parametrize('argv, n_layer', [
     (['--model_size=gpt2-xl', '--n_layer=12'], 12), (['--n_layer=12', '--model_size=gpt2-xl'], 48),
-    (['--n_layer=5'], 5), (['--model_size=gpt2-medium', '--n_layer=3', '--model_size=gpt2-large'], 36),
+    (['--n_layer=5'], 5),
+    (['--model_size=gpt2-medium', '--n_layer=3', '--model_size=gpt2-large'], 36),
     (['config/train_wizard_char.py', '--model_size=gpt2-medium'], 24),
     (['config/train_gpt2.py', 'config/train_gpt2_xl.py'], 48), ([], 12),
 ])
@@ -485,7 +488,8 @@ def test_an_evaluation_needs_neither_the_context_nor_a_fitting_batch(tiny, capsy
     run(max_iters=1)
     args = ['--init_from=out', '--eval_only', '--dataset=tiny', '--device=cpu', '--eval_iters=2',
             '--batch_size=2']
-    codes, out = scripts_together(os.path.join(os.path.dirname(train.__file__), 'train.py'), args, 3)
+    codes, out = scripts_together(
+        os.path.join(os.path.dirname(train.__file__), 'train.py'), args, 3)
     assert codes == [0] * 3 and 'val: loss' in out and 'from the checkpoint' in out
 
 

@@ -154,7 +154,8 @@ def test_the_flag_dtype_decides(trained, monkeypatch):
 
 def test_a_prompt_that_is_not_utf8(trained):
     (trained / 'p.txt').write_bytes(b'abc\xff')
-    with pytest.raises(UserError, match='^cannot read p.txt: 1 of its bytes are not UTF-8, the first at position 3'):
+    with pytest.raises(UserError, match='^cannot read p.txt: 1 of its bytes are not UTF-8, '
+                                        'the first at position 3'):
         sample.main(['--start=FILE:p.txt'])
 
 

@@ -26,16 +26,6 @@ from tokenizer import (
 from train import TrainConfig
 
 
-@pytest.fixture(scope='module')
-def gpt2():
-    tokenizer = GPT2Tokenizer()
-    try:
-        tokenizer.bpe
-    except UserError:
-        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
-    return tokenizer
-
-
 def ids_of(name, split):
     return np.fromfile(f'data/{name}/{split}.bin', '<u2').tolist()
 
@@ -381,7 +371,8 @@ def test_long_texts_are_encoded_in_pieces_that_give_the_same_ids(folder, monkeyp
 def test_gpt2s_pieces_are_cut_where_no_token_reaches_over(gpt2, monkeypatch):
     monkeypatch.setattr(tokenizer, 'PIECE', 50)
     draw = np.random.default_rng(0)
-    words = ['a\n', 'b\nc', '\n\n', ' \n', '\n ', "'s\n'll", 'x\r\n', '\x1c\n', '\n\x1f', '7\n7', ' y']
+    words = ['a\n', 'b\nc', '\n\n', ' \n', '\n ', "'s\n'll", 'x\r\n', '\x1c\n', '\n\x1f', '7\n7',
+             ' y']
     for _ in range(200):
         text = ''.join(draw.choice(words, 100))
         pieces = list(gpt2.encode_pieces(text))

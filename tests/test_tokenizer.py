@@ -23,16 +23,6 @@ from tokenizer import (
 TEXTS = ['hello', 'Olá, coração! Não há pão à mão.', '“Oz” — 奥兹 🌪️👠🦁', 'a\n\n  b\t\r\n', '']
 
 
-@pytest.fixture(scope='module')
-def gpt2():
-    tokenizer = GPT2Tokenizer()
-    try:
-        tokenizer.bpe
-    except UserError:
-        pytest.skip('tiktoken has no GPT-2 files here and cannot fetch them')
-    return tokenizer
-
-
 def stream(tokenizer, ids, prompt=()):
     """The text that sample.py shows after each of `ids`."""
     text = TextStream('', list(prompt), tokenizer)
