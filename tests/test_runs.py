@@ -416,6 +416,7 @@ def test_training_from_python_changes_nothing_in_the_process(tiny):
         )
 
     run(max_iters=1, out_dir='first')  # what torch itself sets up once
+    gc.unfreeze()  # objects that other tests froze may be freed meanwhile
     before = state()
     run(max_iters=3, sample_tokens=5, optimizer='muon', dropout=0.1)
     run(max_iters=5, init_from='resume')
