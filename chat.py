@@ -21,12 +21,10 @@ import torch
 
 import console
 import runtime
-from checkpoint import load_model
 from configurator import override
 from console import UserError, user_errors
 from model import stream
-from quantize import prepare_for_sampling
-from sample import SamplingConfig
+from sample import SamplingConfig, load_to_sample
 from tokenizer import TextStream
 
 TEMPLATE = (  # each message under its role, with the end-of-text token behind it
@@ -106,32 +104,25 @@ def question_ids(tokenizer, question, history=()):
 
 def questions(in_terminal):
     """Yield the lines that the user types, or those of a pipe, without spaces around them."""
-    if sys.stdin is None:  # closed by <&-
-        return
     sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
-    if not in_terminal:
-        yield from map(str.strip, sys.stdin)
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401, with it, input() understands the arrow keys
-    print('An empty line begins a new conversation; Ctrl-C ends.')
+    if in_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401, with it, input() understands the arrow keys
+        print('An empty line begins a new conversation; Ctrl-C ends.')
     with suppress(EOFError):
         while True:
-            yield input('> ').strip()
+            yield input('> ' * in_terminal).strip()
 
 
 def chat(cfg):
     """Answer each line of standard input, until it ends."""
-    device, dtype = runtime.device_and_dtype(cfg)
-    path = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-    model, tokenizer = load_model(path, hub=cfg.init_from != 'resume')
+    model, tokenizer, device, amp = load_to_sample(cfg)
     if not tokenizer.chat_template or tokenizer.eot is None:
-        raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
+        raise UserError('the model was not trained on conversations: use sample.py, or train it on '
                         'what prepare_chat.py made')
-    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, exact=cfg.dtype != 'auto')
     generator = torch.Generator(device).manual_seed(cfg.seed)
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
-    in_terminal = bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     block_size = model.config.block_size
     longest = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for an answer
     history = []  # messages: a question, its answer, the next question ...

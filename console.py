@@ -62,7 +62,8 @@ def optional(name, oldest):
 
 def run(main):
     """Call a script's `main(argv)` with UTF-8 output; a UserError is printed as one line."""
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # closed by >&-
+    sys.stdin = sys.stdin or open(os.devnull)  # closed by <&-
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
     sys.stderr = sys.stderr or open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a notebook's has no such method

@@ -27,9 +27,7 @@ import console
 from chat import TEMPLATE, encode_chat
 from configurator import override
 from console import Progress, UserError, user_errors
-from prepare_text import (
-    TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset,
-)
+from prepare_text import TextConfig, fractions, make_tokenizer, read_text, write_dataset
 from tokenizer import END, CharTokenizer
 
 QUESTIONS = Path(__file__).with_name('data') / 'oz_questions.jsonl'
@@ -58,14 +56,15 @@ def read_conversations(paths, errors='strict'):
     found, empty, total = {}, 0, 0
     for path in paths:
         text = read_text(path, errors)
-        unit = 'element' if text.lstrip().startswith('[') else 'line'
+        is_list = text.lstrip().startswith('[')
         with user_errors(kinds, f'{path} is no list in JSON', remedy):
-            parts = json.loads(text) if unit == 'element' else text.split('\n')
-        for number, part in enumerate(parts, 1):
-            with user_errors(kinds, f'{path}, {unit} {number}: no conversation', remedy):
-                if unit == 'line' and not part.strip():
-                    continue
-                messages = messages_of(part if unit == 'element' else json.loads(part))
+            items = json.loads(text) if is_list else text.split('\n')
+        for number, item in enumerate(items, 1):
+            if not is_list and not item.strip():
+                continue
+            where = f'{path}, {"element" if is_list else "line"} {number}'
+            with user_errors(kinds, f'{where}: no conversation', remedy):
+                messages = messages_of(item if is_list else json.loads(item))
             total += 1
             if all(message['content'] for message in messages):
                 found[hashlib.sha256(json.dumps(messages).encode()).digest()] = messages
@@ -76,34 +75,27 @@ def read_conversations(paths, errors='strict'):
     return [found[key] for key in sorted(found)]
 
 
-def prepare(conversations, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.0,
-            source=''):
-    """Write data/<dataset> from lists of messages; returns the contents of meta.json."""
-    contents = [message['content'] for messages in conversations for message in messages]
-    encoder = make_tokenizer(tokenizer, ['system user assistant\n', *contents])
-    if isinstance(encoder, CharTokenizer):
-        encoder = CharTokenizer(encoder.chars + END)
-    if encoder.eot is None:
-        raise UserError(f'the tokenizer {tokenizer} has no token that ends a text: use another')
-    encoder.chat_template = encoder.chat_template or TEMPLATE
-    files, progress = {}, Progress()
-    for split, (begin, end) in fractions(len(conversations), val_fraction, test_fraction).items():
-        files |= {f'{split}.bin': [], f'{split}.mask': []}
-        for number, messages in enumerate(conversations[begin:end], begin):
-            progress.show_progress(number / len(conversations), f'{number:,} conversations')
-            ids, learned = encode_chat(encoder, messages)
-            files[f'{split}.bin'].append(ids)
-            files[f'{split}.mask'].append(np.append(2, learned[1:]))  # 2: a conversation begins
-    text = json.dumps(conversations)
-    return write_dataset(dataset, files, encoder, source, hashlib.sha256(text.encode()).hexdigest())
-
-
 def main(argv):
     inputs = [arg for arg in argv if not arg.startswith('-')] or [QUESTIONS]
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
-    check_name(cfg.dataset)
-    prepare(read_conversations(inputs, cfg.errors), cfg.dataset, cfg.tokenizer, cfg.val_fraction,
-            cfg.test_fraction, source=' '.join(Path(path).name for path in inputs))
+    chats = read_conversations(inputs, cfg.errors)
+    contents = [message['content'] for messages in chats for message in messages]
+    encoder = make_tokenizer(cfg.tokenizer, ['system user assistant\n', *contents])
+    if isinstance(encoder, CharTokenizer):
+        encoder = CharTokenizer(encoder.chars + END)
+    if encoder.eot is None:
+        raise UserError(f'the tokenizer {cfg.tokenizer} has no token that ends a text: use another')
+    encoder.chat_template = encoder.chat_template or TEMPLATE
+    files, progress = {}, Progress()
+    for split, (begin, end) in fractions(len(chats), cfg.val_fraction, cfg.test_fraction).items():
+        files |= {f'{split}.bin': [], f'{split}.mask': []}
+        for number, messages in enumerate(chats[begin:end], begin):
+            progress.show_progress(number / len(chats), f'{number:,} conversations')
+            ids, learned = encode_chat(encoder, messages)
+            files[f'{split}.bin'].append(ids)
+            files[f'{split}.mask'].append(np.append(2, learned[1:]))  # 2: a conversation begins
+    write_dataset(cfg.dataset, files, encoder, ' '.join(Path(path).name for path in inputs),
+                  hashlib.sha256(json.dumps(chats).encode()).hexdigest())
 
 
 if __name__ == '__main__':

@@ -59,20 +59,24 @@ def read_prompt(start):
     if start.startswith('FILE:'):
         return read_text(start.removeprefix('FILE:'))
     if start == '-':
-        if sys.stdin is None:
-            raise UsageError('start=- reads standard input, which is closed')
         sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)
         return sys.stdin.read().removesuffix('\n')  # which echo adds
     return start
 
 
-def print_samples(cfg, prompt):
-    """Print `num_samples` texts that continue `prompt`. Raises UserError."""
+def load_to_sample(cfg, compiled=False):
+    """(model, tokenizer, device, the context to call the model in), as a SamplingConfig says."""
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, cfg.compile,
-                               exact=cfg.dtype != 'auto')
+    exact = cfg.dtype != 'auto'
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, compiled, exact)
+    return model, tokenizer, device, amp
+
+
+def print_samples(cfg, prompt):
+    """Print `num_samples` texts that continue `prompt`. Raises UserError."""
+    model, tokenizer, device, amp = load_to_sample(cfg, cfg.compile)
     if cfg.compile:
         model.compile(dynamic=True)
     ids = prompt_ids(tokenizer, prompt)

@@ -588,8 +588,9 @@ def test_the_oldest_exchanges_are_dropped_never_the_question(taught, monkeypatch
 
 def test_closed_input_is_its_end(taught, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', None)
-    chat.main(['--out_dir=out', '--device=cpu'])
-    assert capsys.readouterr().out == ''
+    with pytest.raises(SystemExit) as end:
+        console.run(lambda argv: chat.main(['--out_dir=out', '--device=cpu']))
+    assert end.value.code == 0 and capsys.readouterr() == ('', '')
 
 
 @pytest.mark.parametrize('args, wrong', [
@@ -714,7 +715,7 @@ def test_the_mask_teaches_to_answer_and_a_second_turn_is_as_good(folder):
     conversations = read_conversations([prepare_chat.QUESTIONS])
     unseen = conversations[int(0.9 * len(conversations)) :]
     for name in ('masked', 'whole'):
-        prepare_chat.prepare(conversations, name)
+        prepare_chat.main([f'--dataset={name}'])
     for path in glob.glob('data/whole/*.mask'):
         mask = np.fromfile(path, np.uint8)
         np.where(mask == 2, 2, 1).astype(np.uint8).tofile(path)  # each token counts

@@ -502,11 +502,14 @@ def test_logits_that_are_not_numbers_are_one_line(tiny):
     assert 'not finite' in result.stderr
 
 
-def test_a_closed_input_is_one_line(tiny, monkeypatch):
+def test_a_closed_input_is_one_line(tiny, monkeypatch, capsys):
     train.train(TrainConfig(**TINY | dict(max_iters=1)))
+    capsys.readouterr()
     monkeypatch.setattr(sys, 'stdin', None)
-    with pytest.raises(UserError, match='start=- reads standard input, which is closed'):
-        sample.main(['--start=-', '--device=cpu'])
+    with pytest.raises(SystemExit) as end:
+        console.run(lambda argv: sample.main(['--start=-', '--device=cpu']))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith('error: the prompt is empty: give at least one')
 
 
 def test_compiling_without_a_compiler_still_samples(tiny, monkeypatch, capfd):
