@@ -4,7 +4,7 @@
     python chat.py --out_dir=out-chat --system="Answer in Portuguese." --temperature=0
     python chat.py --out_dir=out-chat < questions.txt > answers.txt
 
-An empty line begins a new conversation; Ctrl-C or Ctrl-D ends the program.
+An empty line begins a new conversation; it has no answer, and nor has a question that fails.
 
 The tokenizer's chat template, in Jinja as in Hugging Face folders, makes one text of a
 conversation. `TEMPLATE` is for tokenizers without one.
@@ -27,7 +27,7 @@ from model import stream
 from sample import SamplingConfig, load_to_sample
 from tokenizer import TextStream
 
-TEMPLATE = (  # each message under its role, with the end-of-text token behind it
+TEMPLATE = (  # each message under its role, with the end-of-text token after it
     r"{% for message in messages %}"
     r"{{ message.role + '\n' + message.content | trim + eos_token }}"
     r"{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
@@ -50,7 +50,7 @@ def compiled(template):
     environment = ImmutableSandboxedEnvironment(  # as transformers sets it up
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
     environment.globals['raise_exception'] = refuse
-    template = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', template)  # a mark of transformers
+    template = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', template)  # transformers' own tags
     return environment.from_string(template).render
 
 
@@ -81,7 +81,7 @@ def encode_chat(tokenizer, messages):
     ids = np.array(tokenizer.encode_special(text), int)
 
     def length(messages):
-        """How many of the ids are of these messages, the first ones."""
+        """How many of the ids belong to these first messages: up to where the encodings differ."""
         part = render(tokenizer, messages)
         if not text.startswith(part):
             raise UserError("the tokenizer's chat template changes earlier messages when others "

@@ -13,10 +13,9 @@ from dataclasses import asdict
 
 import torch
 
+import console
 import runtime
-from console import (
-    UserError, atomic_file, files_of_run, flush_to_disk, move_previous_run, user_errors,
-)
+from console import UserError, atomic_file, files_of_run, flush_to_disk, user_errors
 from llama import class_and_config
 from prepare_text import read_meta
 from pretrained import is_pretrained, read_pretrained
@@ -28,7 +27,7 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
     """Write ckpt.pt, the whole state of a run; if improved, best.pt; if is_kept, ckpt-N.pt.
 
     The first save of a new run moves a previous run in out_dir away and opens the log. All ranks
-    must call it. is_evaluated: whether this iteration was. Returns the path of the state. Raises
+    must call it. is_evaluated: whether val was measured now. Returns the path of the state. Raises
     UserError if weights are not finite or a file can't be written.
     """
     it, path = run['iter_num'], f'{cfg.out_dir}/ckpt.pt'
@@ -55,7 +54,7 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
             if is_first:
                 flush_to_disk(file)  # a full disk must show before anything is moved
                 if log.is_new:
-                    move_previous_run(cfg.out_dir)
+                    console.move_previous_run(cfg.out_dir)
                 log.open()
     for name, content, is_due in ('best.pt', best, improved), (f'ckpt-{it}.pt', state, is_kept):
         if ranks.is_main and is_due:
@@ -66,14 +65,14 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
 
 
 def restore(checkpoint, run, optimizers, scaler):
-    """Restore the state of optimizers and scaler; returns the saved ones of `run`'s numbers.
+    """Restore optimizers and scaler; returns the numbers of `run` that the checkpoint contains.
 
     Learning rates and other settings stay those of the command. Raises UserError.
     """
     with user_errors((KeyError, IndexError, TypeError, ValueError, AttributeError),
                      "the checkpoint's optimizer does not fit",
                      'start a new run from its weights: --init_from=OUT_DIR/ckpt.pt'):
-        saved = checkpoint.get('optimizers')  # older files have two keys instead
+        saved = checkpoint.get('optimizers')  # older files and nanoGPT's have other keys
         saved = saved or [checkpoint['optimizer'], *checkpoint.get('muon', [])]
         states = [runtime.fitting_state(*pair) for pair in zip(optimizers, saved, strict=True)]
     for optimizer, state in zip(optimizers, states):
@@ -110,7 +109,7 @@ def load_checkpoint(path, mmap=False):
         }
         if checkpoint['iter_num'] < 0:
             raise ValueError(f'iter_num={checkpoint["iter_num"]}')
-        class_and_config(checkpoint['config'], checkpoint['model_args'])
+        class_and_config(checkpoint['config'], checkpoint['model_args'])  # only to check them
     if not checkpoint.get('tokenizer'):  # nanoGPT keeps it with the dataset, except for GPT-2's
         folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
         checkpoint['tokenizer'] = state = read_meta(folder)['tokenizer']

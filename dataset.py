@@ -93,7 +93,7 @@ class Split:
         return pair.to(device).unbind()
 
     def random_windows(self, seed, count, block_size):
-        """Where `count` random windows begin; of conversations, each with one. Raises UserError."""
+        """Where `count` random windows begin; with a mask, at conversations. Raises UserError."""
         generator = np.random.default_rng(seed)
         if self.mask is not None:
             return generator.choice(self.borders[:-1], count)
@@ -108,7 +108,7 @@ class Split:
             return np.arange(0, self.tokens - 1, block_size)
         begins = [0]
         while (end := self.ends(begins[-1], block_size)) < self.tokens:
-            # In the middle of a conversation, the last token before `end` is the first input.
+            # A long conversation continues: the last token before `end` is its next input.
             begins.append(end if self.mask[end] == 2 else end - 1)
         return np.array(begins)
 
@@ -139,7 +139,7 @@ def evaluation_batches(split, cfg, ranks, device):
     Each rank gets the same number of batches; the last ones are filled up with empty windows.
     """
     B, T = cfg.batch_size, cfg.block_size
-    if cfg.eval_iters:  # update 0, of the same seed, trains on some of them: no harm
+    if cfg.eval_iters:  # on train, update 0 has the same seed and learns some of them: no harm
         begins = split.random_windows((cfg.seed, 0), cfg.eval_iters * B, T)
     else:
         begins = split.all_windows(T)

@@ -49,7 +49,7 @@ class LlamaConfig:
 
 
 def rotation_angles(positions, head_size, theta):
-    """cos and sin for `rotate`, each (T, head_size), of positions (T,).
+    """cos, and sin with a negative first half, for `rotate`: each (T, head_size); positions: (T,).
 
     Pair i of a head's numbers turns by position * theta^(-2 i / head_size), so that the product of
     a query and a key depends on their distance alone. RoFormer: Su et al. 2021, arXiv:2104.09864.

@@ -50,14 +50,11 @@ class GPTConfig:
             raise ValueError(f"gelu is {self.gelu!r}: it must be 'erf' or 'tanh'")
 
 
-# Each layer initializes its own weights when it is created: there is no later pass over a model.
-
-
 class Linear(nn.Linear):
     """nn.Linear with GPT-2's initialization: weights of standard deviation `std`, biases 0."""
 
     def __init__(self, n_in, n_out, bias, std=0.02):
-        self.std = std
+        self.std = std  # first, since nn.Linear's __init__ calls reset_parameters
         super().__init__(n_in, n_out, bias)
 
     def reset_parameters(self):
@@ -101,7 +98,7 @@ def attention(q, k, v, dropout=0.0):
     # On a CPU in bf16, plain products are faster for short contexts. This is the formula itself.
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, S)
     mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device)
-    scores += mask.triu(diagonal=S - T + 1)
+    scores += mask.triu(diagonal=S - T + 1)  # 0 up to its own position, -inf after it
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # each row sums to 1
     return weights @ v  # (B, n_head, T, head_size)
 
@@ -241,8 +238,7 @@ class GPT(LanguageModel):
         """OpenAI's model: gpt2, gpt2-medium, gpt2-large or gpt2-xl. Needs transformers."""
         from transformers import GPT2LMHeadModel
 
-        n_layer, n_head, n_embd = MODEL_SIZES[name]
-        model = cls(GPTConfig(1024, 50257, n_layer, n_head, n_embd, dropout, gelu='tanh'))
+        model = cls(GPTConfig(1024, 50257, *MODEL_SIZES[name], dropout, gelu='tanh'))
         theirs = GPT2LMHeadModel.from_pretrained(name).state_dict()
         for key, weight in model.state_dict().items():
             # OpenAI's linear layers compute x @ W: their weights are (in, out), ours (out, in).
@@ -282,10 +278,10 @@ class LossInChunks(torch.autograd.Function):
         dx, dparams, total = torch.zeros_like(x), [torch.zeros_like(p) for p in params], 0.0
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):  # not in an evaluation
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):  # False in an evaluation
                 part = x[chunk].detach().requires_grad_()
-                loss = next_token_loss(lm_head(part), targets[chunk], count=1)
-            if loss.requires_grad:
+                loss = next_token_loss(lm_head(part), targets[chunk], count=1)  # their sum
+            if ctx.needs_input_grad[0]:
                 dx[chunk], *gradients = torch.autograd.grad(loss, (part, *params))
                 torch._foreach_add_(dparams, gradients)
             total += loss.detach()

@@ -43,8 +43,8 @@ def orthogonal(x, steps):
 def orthogonalize_(updates, steps):
     """Make matrices orthogonal, in place; of more dimensions than two, the last two count.
 
-    Tall matrices are split into square pieces, so that queries, keys and values are orthogonalized
-    separately. Pieces of one shape are multiplied together.
+    Tall matrices are split into square pieces: queries, keys and values separately, if they have
+    equally many heads. Pieces of one shape are multiplied together.
     """
     pieces = defaultdict(list)  # by shape
     for update in updates:
@@ -68,7 +68,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
             is_sharded = any(hasattr(p, 'full_tensor') for p in params)
-            for together in [[p] for p in params] if is_sharded else [params]:  # to save memory
+            # One whole matrix after another saves memory; all together are faster.
+            for together in ([[p] for p in params] if is_sharded else [params]):
                 updates = [self.momentum_step(p, group) for p in together]
                 orthogonalize_(updates, group['ns_steps'])
                 for p, update in zip(together, updates):

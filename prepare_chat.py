@@ -80,7 +80,7 @@ def main(argv):
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     chats = read_conversations(inputs, cfg.errors)
     contents = [message['content'] for messages in chats for message in messages]
-    encoder = make_tokenizer(cfg.tokenizer, ['system user assistant\n', *contents])
+    encoder = make_tokenizer(cfg.tokenizer, ['system user assistant\n', *contents])  # TEMPLATE's
     if isinstance(encoder, CharTokenizer):
         encoder = CharTokenizer(encoder.chars + END)
     if encoder.eot is None:

@@ -23,7 +23,7 @@ from console import Progress, UsageError, UserError, user_errors
 
 
 def device_and_dtype(cfg):
-    """The torch device and dtype of a run, a GPU for each process. Raises UsageError."""
+    """The torch device and dtype of a run; each process has a GPU of its own. Raises UsageError."""
     name = cfg.device
     if name == 'auto':
         name = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
@@ -31,7 +31,7 @@ def device_and_dtype(cfg):
         device = torch.device(name)
         if device.type == 'cuda' and Ranks().world_size > 1:
             device = torch.device('cuda', Ranks().local_rank)
-        torch.empty(0, device=device).cpu()  # fails on meta, for one
+        torch.empty(0, device=device).cpu()  # fails on the device meta, for example
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(f'device={cfg.device!r} is not on this machine ({shorten(str(error), 80)}'
                          '): choose another, for example --device=cpu') from None
@@ -64,7 +64,7 @@ def set_speed_options(shard=False):
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 16 if shard else 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks are kept
-        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: as many bytes
+        mallopt(-1, 1 << 17 if shard else (1 << 31) - 1)  # M_TRIM_THRESHOLD: free bytes to keep
 
 
 def is_out_of_memory(error):
@@ -81,8 +81,8 @@ def out_of_memory(remedy):
                        is_out_of_memory)
 
 
-# Peak TFLOP/s in 16 bits, dense, from the vendors' datasheets, by a card's whole name: a slice of
-# it has a longer one.
+# Peak TFLOP/s in 16 bits, dense, from the vendors' datasheets, by a card's whole name: a MIG slice
+# has a longer one.
 PEAK_TFLOPS = {
     'NVIDIA B200': 2250, 'NVIDIA H200': 989, 'NVIDIA GH200 480GB': 989,
     'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H100 NVL': 835, 'NVIDIA H100 PCIe': 756,
@@ -118,7 +118,7 @@ def peak_speed(model, cfg, ranks, device, dtype):
 # --- many processes
 
 
-JOIN_TIMEOUT = timedelta(minutes=30)  # for all processes to start, and to answer
+JOIN_TIMEOUT = timedelta(minutes=30)  # the longest wait for another process
 
 
 class Ranks:
@@ -178,7 +178,7 @@ class Ranks:
                                 'it from the right machine to the others')
 
     def agree_on_file(self, path):
-        """Raise UserError unless the file `path` is the same on all ranks, or missing there."""
+        """Raise UserError unless the file `path` is the same on all ranks, or missing on all."""
         found = 'missing'
         if os.path.isfile(path):
             with open(path, 'rb') as file:  # a .pt ends with the check sums of its contents
@@ -214,7 +214,7 @@ def wrap(raw, cfg, ranks, device, amp, split):
                 raise
             Progress(ranks.is_main).print_line(
                 f'torch.compile failed ({shorten(repr(error), 200)}): continuing without it; '
-                '--compile=false says so at once')
+                '--compile=false skips this try')
             model = raw
         raw.zero_grad()
     if ranks.world_size == 1 or cfg.shard:  # a sharded model averages by itself
@@ -320,7 +320,7 @@ def gather_weights(model):
 
 
 def gather(value):
-    """A tensor, whole if it was sharded: on rank 0's CPU, None elsewhere; a scalar on all ranks."""
+    """A sharded tensor as a whole: on rank 0's CPU, None elsewhere; a scalar: on all ranks."""
     if not hasattr(value, 'full_tensor'):
         return value
     value = value.full_tensor()

@@ -65,11 +65,11 @@ def read_prompt(start):
 
 
 def load_to_sample(cfg, compiled=False):
-    """(model, tokenizer, device, the context to call the model in), as a SamplingConfig says."""
+    """(model, tokenizer, device, context for its calls). compiled: torch.compile comes next."""
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    exact = cfg.dtype != 'auto'
+    exact = cfg.dtype != 'auto'  # then float32 is not replaced by bf16
     amp = prepare_for_sampling(model, device, dtype, cfg.quantize, compiled, exact)
     return model, tokenizer, device, amp
 

@@ -46,7 +46,7 @@ def resumed(cfg, tokenizer, ranks):
     checkpoint = load_checkpoint(path, mmap=cfg.shard and not ranks.is_main)
     if not gives_same_ids(checkpoint['tokenizer'], tokenizer.state()):
         raise UserError(f'{path} was trained on other tokens than data/{cfg.dataset} has: prepare '
-                        'that as it was; or, to continue with other characters in a new run, add '
+                        'it as before; or, to continue with other characters in a new run, add '
                         f'--init_from={path} and another --out_dir')
     if path != own:  # a branch: it has no best.pt yet
         checkpoint['best_val_loss'] = math.inf

@@ -1,6 +1,6 @@
 """Train a GPT.
 
-    python train.py config/train_wizard_char.py                     # a few minutes on a laptop
+    python train.py config/train_wizard_char.py                     # about a minute on a laptop
     python train.py config/train_wizard_char.py --max_iters=3000    # the last setting wins
     python train.py config/train_wizard_char.py --init_from=resume  # continue where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
@@ -61,7 +61,7 @@ class TrainConfig:
     batch_size: int = 12  # sequences per micro-batch: as many as memory allows
     block_size: int = 1024  # tokens of context; the cost of attention grows with its square
     # model
-    init_from: str = 'scratch'  # scratch; resume; a checkpoint; or Hugging Face's: gpt2, a folder
+    init_from: str = 'scratch'  # scratch; resume; resume:FILE; a checkpoint; or Hugging Face's
     model: str = 'gpt'  # gpt; llama: today's architecture; bigram: the baseline to beat
     model_size: str = field(  # sets the next three, for example gpt2-medium; see model.py
         default='gpt2', metadata={'resets': ('n_layer', 'n_head', 'n_embd')})
@@ -78,13 +78,13 @@ class TrainConfig:
     optimizer: str = 'adamw'  # adamw; muon for the matrices inside blocks, AdamW for the rest
     muon_lr: float = 0.02  # Muon's peak rate; it follows the same schedule
     muon_momentum: float = 0.95  # Muon's decay of the gradient's running mean
-    muon_weight_decay: float = 0.1  # Muon's; matters more than AdamW's, as its updates are larger
+    muon_weight_decay: float = 0.1  # Muon's; matters more than AdamW's: Muon's updates are larger
     muon_steps: int = 3  # orthogonalization steps per update; 2 are faster but learn less
     learning_rate: float = 6e-4  # the peak; small models learn better with more: 1e-3 to 8e-3
     max_iters: int = 600000  # number of updates
     weight_decay: float = 0.1  # on matrices; never on biases and norms
     beta1: float = 0.9  # AdamW's decay of the gradient's running mean
-    beta2: float = 0.95  # AdamW's decay of the squared gradient's; 0.99 for batches of few tokens
+    beta2: float = 0.95  # the same of the squared gradient's mean; 0.99 for batches of few tokens
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     schedule: str = 'cosine'  # how the rate falls from peak to min_lr: cosine, linear, or plateau
     decay_lr: bool = True  # false: constant rate, and no warmup
@@ -98,7 +98,7 @@ class TrainConfig:
     shard: bool = False  # each process keeps only a part of weights, gradients and optimizer state
     recompute: bool = False  # compute activations again for gradients: less memory, more time
     compile: bool | None = None  # torch.compile; none: on CUDA only, where it soon saves time
-    peak_tflops: float = 0.0  # peak TFLOP/s of the device, for MFU; 0: look it up
+    peak_tflops: float = 0.0  # the device's peak; MFU is the fraction in use; 0: look it up
     seed: int = 1337  # seed of initialization, batches and dropout
 
     def __post_init__(self):
@@ -160,9 +160,10 @@ def muon(model, cfg, dtype):
 
     `self.optimizer = 'adamw'` in a module, for example a router of experts, keeps it out of Muon.
     """
-    hidden = {p: None for block in model.blocks for module in block.modules()  # an ordered set
-              if getattr(module, 'optimizer', None) != 'adamw'
-              for p in module.parameters(recurse=False) if p.dim() >= 2}
+    left_out = {p for module in model.modules() if getattr(module, 'optimizer', None) == 'adamw'
+                for p in module.parameters()}
+    hidden = {p: None for block in model.blocks for p in block.parameters()  # an ordered set
+              if p.dim() >= 2 and p not in left_out}
     rest = [p for p in model.parameters() if p not in hidden]
     return adamw(model, cfg, dtype, rest) + [Muon(
         hidden, cfg.muon_lr, cfg.muon_momentum, cfg.muon_weight_decay, cfg.muon_steps,
@@ -190,7 +191,7 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     """
     means, micro_steps = defaultdict(float), cfg.gradient_accumulation_steps // ranks.world_size
     for micro_step in range(micro_steps):
-        x, y, divisor = next(batches)
+        x, y, divisor = next(batches)  # divisor: see training_batches in dataset.py
         runtime.sync_gradients(model, micro_step == micro_steps - 1)  # only after the last one
         with amp:
             loss, parts = training_loss(model, x, y)
@@ -203,14 +204,14 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     means['norm'] = runtime.gather(norm)  # the same on all ranks, and so is its mean
     averaged = ranks.sum(torch.stack([*means.values()])) / ranks.world_size
-    parts = dict(zip(means, averaged.tolist()))  # here the host waits for the GPU
-    loss, norm = parts.pop('loss'), parts.pop('norm')
+    means = dict(zip(means, averaged.tolist()))  # here the host waits for the GPU
+    loss, norm = means.pop('loss'), means.pop('norm')
     if math.isfinite(loss + norm):  # else skip the update: a bad batch must not spoil the weights
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
     model.zero_grad()
-    return loss, norm, parts
+    return loss, norm, means
 
 
 @torch.no_grad()
@@ -241,7 +242,7 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
 
 
 def measure_best_again(run, model, cfg, data, measure, progress):
-    """Measure best.pt again if its validation loss is not comparable with the new ones."""
+    """Note in `run` how val is measured; if that has changed, measure best.pt again."""
     windows = cfg.eval_iters * cfg.batch_size
     measured_on = dict(sha256=data.sha256, tokens=data.splits['val'].tokens, windows=windows,
                        block_size=cfg.block_size, seed=cfg.seed if windows else None)
@@ -263,15 +264,15 @@ def sample_text(model, tokenizer, cfg, device, amp):
     encode = question_ids if tokenizer.chat_template else prompt_ids
     try:
         ids = encode(tokenizer, cfg.sample_start)
-    except UserError as error:  # a character that the alphabet lacks, or tiktoken has no files
+    except UserError as error:  # the alphabet lacks a character, or tiktoken's files are missing
         return f'(no sample: {error})'
     generator, prompt = torch.Generator(device).manual_seed(cfg.seed), torch.tensor([ids])
     with amp:
-        text = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
+        written = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
                               generator=generator, vocab_size=tokenizer.vocab_size)[0].tolist()
-    shown = tokenizer.decode(text)
+    shown = tokenizer.decode(written)
     if tokenizer.chat_template:  # the answer alone, to its end
-        answer = tokenizer.decode(text[len(ids) :]).split(tokenizer.decode([tokenizer.eot]))[0]
+        answer = tokenizer.decode(written[len(ids) :]).split(tokenizer.decode([tokenizer.eot]))[0]
         shown = f'{cfg.sample_start}\n{answer}'
     return ''.join(f'  | {line}\n' for line in console.printable(shown.strip('\n')).split('\n'))
 
@@ -279,8 +280,8 @@ def sample_text(model, tokenizer, cfg, device, amp):
 def train(cfg, catch_signals=False):
     """Train as `cfg` says; returns the best validation loss, or None for `eval_only`.
 
-    catch_signals: save and exit after Ctrl-C and the signals that end jobs. Otherwise nothing in
-    the process is changed. Raises UserError.
+    catch_signals: save and exit after Ctrl-C and the signals that end jobs. Nothing else in the
+    process is changed. Raises UserError.
     """
     ranks = Ranks()
     cfg = replace(cfg, shard=cfg.shard and ranks.world_size > 1)  # one process has nothing to shard
@@ -345,12 +346,12 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                                 f', perplexity {math.inf if loss > 700 else math.exp(loss):.5g}')
         return None
     measure_best_again(run, raw, cfg, data, measure, progress)
-    splits = {name: data.splits[name] for name in ('val', 'train')}
+    splits = {name: data.splits[name] for name in ('val', 'train')}  # test: for eval_only
     batches = training_batches(splits['train'], cfg, ranks, device, run['iter_num'])
     model = runtime.wrap(raw, cfg, ranks, device, amp, splits['train'])
     peak_speed = runtime.peak_speed(raw, cfg, ranks, device, dtype)
     log = Log(cfg, run, ranks.is_main)
-    saved_path, bad_in_a_row, eval_seconds, times = None, 0, 0.0, deque(maxlen=20)  # of updates
+    saved_path, bad_in_a_row, eval_seconds, times = None, 0, 0.0, deque(maxlen=20)  # s per update
     began = time.perf_counter() - run['seconds']
 
     for it in range(run['iter_num'], cfg.max_iters + 1):  # the last turn only evaluates
@@ -370,7 +371,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                'epochs': run['tokens'] / splits['train'].tokens,
                'train_eval_loss': losses.get('train'), 'val_loss': losses.get('val')}
         if is_last:
-            log.write(row)  # before the checkpoint, so that no crash comes between
+            log.write(row)  # before the checkpoint: a crash after that must not lose the row
         stopping = ranks.any(stop.received)
         is_kept = cfg.keep_interval and it % cfg.keep_interval == 0
         if improved or (times and (stopping or is_kept or losses and cfg.always_save_checkpoint)):
@@ -419,13 +420,13 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
-    stop.received = stop.received or stopping * signal.SIGTERM  # another process got it
+    stop.received = stop.received or stopping * signal.SIGTERM  # if only another process got one
     print_end(cfg, run, saved_path, stopping, data.tokenizer, progress)
     return run['best_val_loss']
 
 
 def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
-    """Print where the results are, and what to type next. saved_path: the last state, or None."""
+    """Print where the results are, and what to type next. saved_path: of the last save, or None."""
     if not stopping:
         script = 'chat.py' if tokenizer.chat_template else 'sample.py'
         script = os.path.relpath(Path(__file__).resolve().with_name(script))

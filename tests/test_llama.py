@@ -117,6 +117,15 @@ def test_muon_takes_the_matrices_inside_blocks(model):
     assert others | inside == {id(p) for p in net.parameters()} and not others & inside
 
 
+def test_a_module_stays_out_of_muon_with_all_that_is_in_it():
+    net = GPT(GPTConfig(**SHAPE))
+    net.blocks[0].mlp.optimizer = 'adamw'
+    _, muon = train.OPTIMIZERS['muon'](net, TrainConfig(optimizer='muon'), torch.float32)
+    left_out = {id(p) for p in net.blocks[0].mlp.parameters()}
+    assert not left_out & {id(p) for p in muon.param_groups[0]['params']}
+    assert len(muon.param_groups[0]['params']) == 4 * len(net.blocks) - 2
+
+
 def test_orthogonal_brings_singular_values_near_1():
     torch.manual_seed(0)
     m = torch.randn(3, 16, 40) * torch.logspace(0, -1, 16)[:, None]
