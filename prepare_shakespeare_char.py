@@ -2,26 +2,19 @@
 
     python prepare_shakespeare_char.py               # downloads 1.1 MB
     python prepare_shakespeare_char.py --input=FILE  # takes your copy
-"""
 
-from dataclasses import dataclass
+GPT-2's tokenizer makes 301,966 train and 36,059 val tokens of it: --tokenizer=gpt2.
+"""
 
 import console
 from configurator import override
-from prepare_text import fetch, prepare, read_text
+from prepare_text import FetchConfig, fetch, prepare, read_text
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
 
-@dataclass
-class ShakespeareConfig:
-    dataset: str = 'shakespeare_char'  # files go to data/<dataset>
-    tokenizer: str = 'char'  # or gpt2: 301,966 train and 36,059 val tokens
-    input: str = ''  # a file to use instead of downloading
-
-
 def main(argv):
-    cfg = override(ShakespeareConfig(), argv, usage=__doc__)
+    cfg = override(FetchConfig('shakespeare_char'), argv, usage=__doc__)
     path = cfg.input or fetch(cfg.dataset, URL, lambda data: len(data) == 1_115_394)
     prepare(read_text(path), cfg.dataset, cfg.tokenizer, source=cfg.input or URL)
 

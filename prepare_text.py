@@ -58,6 +58,13 @@ class TextConfig:
         check(self, below_1='val_fraction test_fraction', errors=['strict', 'replace'])
 
 
+@dataclass
+class FetchConfig:  # of the scripts that know where their text is
+    dataset: str  # files go to data/<dataset>
+    tokenizer: str = 'char'  # or gpt2, and all else that prepare_text.py takes
+    input: str = ''  # a file to use instead of downloading
+
+
 def files_of(inputs):
     """The paths that the arguments mean: files, patterns like *.txt, folders of .txt files."""
     paths = []

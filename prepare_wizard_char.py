@@ -8,21 +8,13 @@ Without a network it takes data/oz_retold.txt, a retelling that comes with ozGPT
 """
 
 import os
-from dataclasses import dataclass
 
 import console
 from configurator import override
-from prepare_text import check_name, fetch, prepare, read_text
+from prepare_text import FetchConfig, check_name, fetch, prepare, read_text
 
 URL = 'https://www.gutenberg.org/cache/epub/55/pg55.txt'
 RETOLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'oz_retold.txt')
-
-
-@dataclass
-class WizardConfig:
-    dataset: str = 'wizard_char'  # files go to data/<dataset>
-    tokenizer: str = 'char'  # or gpt2
-    input: str = ''  # a file to use instead of downloading
 
 
 def strip_gutenberg(text):
@@ -32,7 +24,7 @@ def strip_gutenberg(text):
 
 
 def main(argv):
-    cfg = override(WizardConfig(), argv, usage=__doc__)
+    cfg = override(FetchConfig('wizard_char'), argv, usage=__doc__)
     check_name(cfg.dataset)
     try:
         path = cfg.input or fetch(cfg.dataset, URL, lambda data: b'*** END OF TH' in data)

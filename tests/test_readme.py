@@ -18,17 +18,15 @@ import chat
 import export_hf
 import plot_loss
 import prepare_openwebtext
-import prepare_shakespeare_char
 import prepare_text
-import prepare_wizard_char
 import sample
 import train
 
 CONFIGS = {
     'train.py': train.TrainConfig, 'sample.py': sample.SampleConfig, 'bench.py': bench.BenchConfig,
     'prepare_text.py': prepare_text.TextConfig, 'plot_loss.py': plot_loss.PlotConfig,
-    'prepare_wizard_char.py': prepare_wizard_char.WizardConfig,
-    'prepare_shakespeare_char.py': prepare_shakespeare_char.ShakespeareConfig,
+    'prepare_wizard_char.py': prepare_text.FetchConfig,
+    'prepare_shakespeare_char.py': prepare_text.FetchConfig,
     'prepare_openwebtext.py': prepare_openwebtext.OpenWebTextConfig,
     'prepare_chat.py': prepare_text.TextConfig, 'chat.py': chat.ChatConfig,
     'export_hf.py': export_hf.ExportConfig,
