@@ -5,9 +5,6 @@
     python chat.py --out_dir=out-chat < questions.txt > answers.txt
 
 An empty line begins a new conversation; it has no answer, and nor has a question that fails.
-
-The tokenizer's chat template, in Jinja as in Hugging Face folders, makes one text of a
-conversation. `TEMPLATE` is for tokenizers without one.
 """
 
 import re
@@ -27,7 +24,9 @@ from model import stream
 from sample import SamplingConfig, load_to_sample
 from tokenizer import TextStream
 
-TEMPLATE = (  # each message under its role, with the end-of-text token after it
+# A tokenizer's chat template, in Jinja as in Hugging Face folders, makes one text of a conversation.
+# This one is for tokenizers without: each message under its role, and the end-of-text token.
+TEMPLATE = (
     r"{% for message in messages %}"
     r"{{ message.role + '\n' + message.content | trim + eos_token }}"
     r"{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
@@ -59,13 +58,11 @@ def render(tokenizer, messages):
 
     messages: dicts with `role` (system, user or assistant) and `content`.
     """
-    from jinja2 import TemplateError
-
     end = tokenizer.decode([tokenizer.eot])
     if any(end in message['content'] for message in messages):
         raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
-    with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
-                     f'{str(messages)[:80]}', 'change the roles or their order'):
+    with user_errors(Exception, f'the chat template refuses {str(messages)[:80]}',
+                     'change the roles or their order'):
         return compiled(tokenizer.chat_template)(
             messages=messages, eos_token=end,
             add_generation_prompt=messages[-1]['role'] != 'assistant')
@@ -109,9 +106,10 @@ def questions(in_terminal):
         with suppress(ImportError):
             import readline  # noqa: F401, with it, input() understands the arrow keys
         print('An empty line begins a new conversation; Ctrl-C ends.')
-    with suppress(EOFError):
+    with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input('> ' * in_terminal).strip()
+    print(end='\n' * in_terminal)  # the shell's prompt has a line of its own
 
 
 def chat(cfg):
@@ -160,10 +158,7 @@ def main(argv):
     cfg = override(ChatConfig(), argv, usage=__doc__)
     runtime.set_speed_options()
     with runtime.out_of_memory('use --quantize=int8'):
-        try:
-            chat(cfg)
-        except KeyboardInterrupt:
-            print()
+        chat(cfg)
 
 
 if __name__ == '__main__':

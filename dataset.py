@@ -22,16 +22,17 @@ class Split:
 
     def __init__(self, path, vocab_size, tokens=None):
         """tokens: how many ids the file should contain, or None. Raises UserError."""
-        self.path, self.vocab_size, self.mask = path, vocab_size, None
+        self.path, self.vocab_size = path, vocab_size
         size = os.path.getsize(path) if os.path.exists(path) else 0
         expected = size - size % 2 if tokens is None else 2 * tokens
         if size < 4 or size != expected:
             raise UserError(f'{path} is missing or damaged: it has {size} bytes instead of '
                             f'{max(4, expected)}; prepare the dataset again')
-        self.file, self.tokens = open(path, 'rb'), size // 2
+        self.file, self.tokens, self.mask = open(path, 'rb'), size // 2, None
+        # The positions where conversations begin, and, last, the end. A text is like one of them.
+        self.borders = np.array([0, self.tokens])
         if os.path.exists(mask := path.removesuffix('bin') + 'mask'):
             self.mask = np.fromfile(mask, np.uint8)
-            # The positions where conversations begin, and, last, the end of the file.
             self.borders = np.append(np.flatnonzero(self.mask == 2), self.tokens)
             if len(self.mask) != self.tokens or self.borders[0] or 1 not in self.mask:
                 raise UserError(f'{mask} does not fit {path}: prepare the dataset again')
@@ -57,8 +58,6 @@ class Split:
         first one fits, it contains as much of that one as fits.
         """
         reach = np.minimum(begins + block_size + 1, self.tokens)
-        if self.mask is None:
-            return reach
         last = self.borders[self.borders.searchsorted(reach, 'right') - 1]
         return np.where(last > begins, last, reach)
 
@@ -104,12 +103,10 @@ class Split:
 
     def all_windows(self, block_size):
         """Where windows begin that together contain each target of the split exactly once."""
-        if self.mask is None:
-            return np.arange(0, self.tokens - 1, block_size)
         begins = [0]
         while (end := self.ends(begins[-1], block_size)) < self.tokens:
-            # A long conversation continues: the last token before `end` is its next input.
-            begins.append(end if self.mask[end] == 2 else end - 1)
+            # Within a text or a conversation, the last token before `end` is the next input.
+            begins.append(end if self.mask is not None and self.mask[end] == 2 else end - 1)
         return np.array(begins)
 
 
