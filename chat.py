@@ -24,8 +24,8 @@ from model import stream
 from sample import SamplingConfig, load_to_sample
 from tokenizer import TextStream
 
-# A chat template, in Jinja as in Hugging Face folders, makes one text of a conversation. This one is
-# for tokenizers without: each message under its role, with the end-of-text token after it.
+# A chat template, in Jinja as in Hugging Face folders, makes one text of a conversation. This one
+# is for tokenizers without: each message under its role, with the end-of-text token after it.
 TEMPLATE = (
     r"{% for message in messages %}"
     r"{{ message.role + '\n' + message.content | trim + eos_token }}"
