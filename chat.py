@@ -116,7 +116,8 @@ def chat(cfg):
     """Answer each line of standard input, until it ends."""
     model, tokenizer, device, amp = load_to_sample(cfg)
     if not tokenizer.chat_template or tokenizer.eot is None:
-        raise UserError('the model was not trained on conversations: use sample.py, or train it on '
+        path = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
+        raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
                         'what prepare_chat.py made')
     generator = torch.Generator(device).manual_seed(cfg.seed)
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []

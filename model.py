@@ -50,6 +50,7 @@ class GPTConfig:
             raise ValueError(f"gelu is {self.gelu!r}: it must be 'erf' or 'tanh'")
 
 
+# A layer initializes its weights when it is created: there is no later pass over the model.
 class Linear(nn.Linear):
     """nn.Linear with GPT-2's initialization: weights of standard deviation `std`, biases 0."""
 
