@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 import console
 import runtime
 from configurator import override
 from console import UserError, user_errors
-from model import stream
-from sample import SamplingConfig, load_to_sample
+from sample import SamplingConfig, load_to_sample, write
 from tokenizer import TextStream
 
 # A chat template, in Jinja as in Hugging Face folders, makes one text of a conversation. This one
@@ -114,12 +112,11 @@ def questions(in_terminal):
 
 def chat(cfg):
     """Answer each line of standard input, until it ends."""
-    model, tokenizer, device, amp = load_to_sample(cfg)
+    model, tokenizer, generator, amp = load_to_sample(cfg)
     if not tokenizer.chat_template or tokenizer.eot is None:
         path = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
         raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
                         'what prepare_chat.py made')
-    generator = torch.Generator(device).manual_seed(cfg.seed)
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     block_size = model.config.block_size
@@ -142,16 +139,10 @@ def chat(cfg):
             continue
         answer = TextStream('', ids, tokenizer, eot=tokenizer.eot)
         with amp:
-            for token in stream(model, torch.tensor([ids], device=device), cfg.max_new_tokens,
-                                cfg.temperature, cfg.top_k, cfg.top_p, generator,
-                                tokenizer.vocab_size):
-                new = answer.add(token.item())
-                if in_terminal:
-                    print(console.printable(new), end='', flush=True)
-                if answer.done:
-                    break
-        rest, text = answer.finish(), answer.text.strip()
-        print(console.printable(rest if in_terminal else text.replace('\n', ' ')), flush=True)
+            for new in write(cfg, model, tokenizer, ids, [answer], generator):
+                print(console.printable(new) * in_terminal, end='', flush=True)
+        text = answer.text.strip()
+        print(console.printable(text.replace('\n', ' ')) * (not in_terminal), flush=True)
         history += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': text}]
 
 

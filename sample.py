@@ -65,50 +65,51 @@ def read_prompt(start):
 
 
 def load_to_sample(cfg, compiled=False):
-    """(model, tokenizer, device, context for its calls). compiled: torch.compile comes next."""
+    """(model, tokenizer, random generator, context for the model's calls), as `cfg` says."""
     device, dtype = runtime.device_and_dtype(cfg)
     resume = cfg.init_from == 'resume'
     model, tokenizer = load_model(cfg.out_dir if resume else cfg.init_from, hub=not resume)
-    exact = cfg.dtype != 'auto'  # then float32 is not replaced by bf16
-    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, compiled, exact)
-    return model, tokenizer, device, amp
+    amp = prepare_for_sampling(model, device, dtype, cfg.quantize, compiled,
+                               exact=cfg.dtype != 'auto')
+    return model, tokenizer, torch.Generator(device).manual_seed(cfg.seed), amp
 
 
-def print_samples(cfg, prompt):
-    """Print `num_samples` texts that continue `prompt`. Raises UserError."""
-    model, tokenizer, device, amp = load_to_sample(cfg, cfg.compile)
-    if cfg.compile:
-        model.compile(dynamic=True)
-    ids = prompt_ids(tokenizer, prompt)
+def write(cfg, model, tokenizer, ids, texts, generator):
+    """Continue `ids` in all TextStreams `texts`; yield new text of the first. Raises UserError."""
     if max(ids) >= model.config.vocab_size:
         raise UserError(f'the id {max(ids)} of {tokenizer.decode([max(ids)])!r} is beyond the '
                         f"model's {model.config.vocab_size} rows of weights: leave it out")
-    if len(ids) > model.config.block_size:
-        print(f'the prompt has {len(ids)} tokens; the model reads the last '
-              f'{model.config.block_size}', file=sys.stderr)
-    idx = torch.tensor([ids], device=device).repeat(cfg.num_samples, 1)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    eot = tokenizer.eot if cfg.end else None
-    texts = [TextStream(prompt, ids, tokenizer, cfg.stop, eot) for _ in range(cfg.num_samples)]
-    with amp, user_errors(Exception, 'torch.compile failed', 'add --compile=false', lambda error:
-                          type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))):
-        for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                             generator, tokenizer.vocab_size):
-            new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
-            print(console.printable(new[0]), end='', flush=True)
-            if all(text.done for text in texts):
-                break
-    print(console.printable(texts[0].finish()))
-    for text in texts[1:]:
-        text.finish()
-        print(console.printable(f'---------------\n{text.text}'))
+    idx = torch.tensor([ids], device=generator.device).repeat(len(texts), 1)
+    for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                         generator, tokenizer.vocab_size):
+        new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
+        yield new[0]
+        if all(text.done for text in texts):
+            break
+    new = [text.finish() for text in texts]
+    yield new[0]
 
 
 def main(argv):
     cfg = override(SampleConfig(), argv, usage=__doc__)
+    prompt = read_prompt(cfg.start)
     runtime.set_speed_options()
     with runtime.out_of_memory(f'lower --num_samples={cfg.num_samples}, or use --quantize=int8'):
-        print_samples(cfg, read_prompt(cfg.start))
+        model, tokenizer, generator, amp = load_to_sample(cfg, cfg.compile)
+        if cfg.compile:
+            model.compile(dynamic=True)
+        ids, eot = prompt_ids(tokenizer, prompt), tokenizer.eot if cfg.end else None
+        if len(ids) > (block_size := model.config.block_size):
+            print(f'the prompt has {len(ids)} tokens; the model reads the last {block_size}',
+                  file=sys.stderr)
+        texts = [TextStream(prompt, ids, tokenizer, cfg.stop, eot) for _ in range(cfg.num_samples)]
+        with amp, user_errors(Exception, 'torch.compile failed', 'add --compile=false', lambda e:
+                              type(e).__module__.startswith(('torch._dynamo', 'torch._inductor'))):
+            for new in write(cfg, model, tokenizer, ids, texts, generator):
+                print(console.printable(new), end='', flush=True)
+        print()
+        for text in texts[1:]:
+            print(console.printable(f'---------------\n{text.text}'))
 
 
 if __name__ == '__main__':

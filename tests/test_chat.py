@@ -22,6 +22,7 @@ import export_hf
 import model
 import prepare_chat
 import prepare_text
+import sample
 import train
 from checkpoint import load_checkpoint, load_model
 from console import UserError
@@ -543,8 +544,13 @@ def in_terminal(*args, typed, end):
         os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'chat.py'), *args])
     shown, keys = b'', [*(line.encode() + b'\n' for line in typed), end]
     with open(terminal, 'r+b', buffering=0) as terminal, suppress(OSError):  # closed at the end
-        while select.select([terminal], [], [], 300)[0] and (new := terminal.read(4096)):
-            shown += new
+        for _ in range(3000):
+            if select.select([terminal], [], [], 5)[0]:
+                if not (new := terminal.read(4096)):
+                    break
+                shown += new
+            elif not keys:  # a Ctrl-C may come just before the prompt waits, and get lost
+                keys = [end]
             while keys and shown.count(b'> ') > len(typed) + 1 - len(keys):
                 terminal.write(keys.pop(0))
     return shown.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -571,13 +577,13 @@ def test_the_oldest_exchanges_are_dropped_never_the_question(taught, monkeypatch
     monkeypatch.setattr(chat, 'question_ids', watched)
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(
         ''.join(f'What is {i}?\n' for i in range(9)).encode())))
-    seen, stream = [], chat.stream
+    seen, stream = [], sample.stream
 
     def read(model, idx, *args):
         seen.append(idx.size(1))
         return stream(model, idx, *args)
 
-    monkeypatch.setattr(chat, 'stream', read)
+    monkeypatch.setattr(sample, 'stream', read)
     chat.main(['--out_dir=out', '--max_new_tokens=9', '--device=cpu', '--system=What'])
     assert max(seen) <= 80 and len(seen) == 9
     final = {text.count('\n'): text for _, text in asked}

@@ -211,7 +211,7 @@ def test_sampling(cuda, flags):
     assert not run.error, run.error
     assert run.output.count('The') == 2
     # One for the prompt, and one for each token, which is printed as it comes.
-    assert run.waits['main/print_samples'] == 1 + 6 and waits(run, 'stream') == 0, run.waits
+    assert run.waits['main/write'] == 1 + 6 and waits(run, 'stream') == 0, run.waits
 
 
 @pytest.mark.parametrize('name', ['gpt', 'llama', 'bigram'])
