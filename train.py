@@ -431,8 +431,9 @@ def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
         script = 'chat.py' if tokenizer.chat_template else 'sample.py'
         script = os.path.relpath(Path(__file__).resolve().with_name(script))
         command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
-        progress.print_line(f'best val loss {run["best_val_loss"]:.4f} after {hms(run["seconds"])}'
-                            f', weights in {cfg.out_dir}\nnow: {command}')
+        at_start = ' (before the first update)' * (not os.path.exists(f'{cfg.out_dir}/best.pt'))
+        progress.print_line(f'best val loss {run["best_val_loss"]:.4f}{at_start} after '
+                            f'{hms(run["seconds"])}, weights in {cfg.out_dir}\nnow: {command}')
         return
     result = 'nothing new to save'
     if saved_path:

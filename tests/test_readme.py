@@ -36,7 +36,7 @@ READMES, TUTORIALS = (sorted(glob.glob(os.path.join(ROOT, f'{name}*.md')))
 NOTES = os.path.join(ROOT, 'NOTES.md')
 MADE = ('out', 'data/', 'ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'meta.', 'my.txt',
         'train.bin', 'val.bin', 'test.bin', 'prompt.txt', 'wizard-hf', 'config.json',
-        'model.safetensors')
+        'model.safetensors', 'try.py')
 OZ = 'python train.py config/train_wizard_char.py '  # the TUTORIALs define `oz` as this
 # Names that only nanoGPT has.
 NANOGPT = {'configure_optimizers', 'crop_block_size', 'estimate_mfu', 'get_num_params'}

@@ -115,6 +115,7 @@ def test_fine_tuning_must_improve_on_where_it_started(tiny, capsys):
     (_, _, first), *others = steps(out)
     assert all(loss > first for _, _, loss in others) and start == pytest.approx(first, abs=1e-4)
     assert 'the best so far' not in out and not os.path.exists('tuned/best.pt')
+    assert ' (before the first update) after ' in out
     run(learning_rate=1e-3, max_iters=30, **tuned)
     assert 'the best so far' in capsys.readouterr().out and os.path.exists('tuned/best.pt')
 
