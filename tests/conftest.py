@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ from tokenizer import GPT2Tokenizer
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # its threads would not survive a fork
 os.environ['OMP_NUM_THREADS'] = '1'  # for the scripts: their models are small
 torch.set_num_threads(1)
+# nohup ignores SIGHUP, and a shell's background jobs SIGINT: these tests and their scripts don't.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STORY = os.path.join(ROOT, 'data', 'oz_retold.txt')

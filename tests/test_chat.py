@@ -544,7 +544,7 @@ def in_terminal(*args, typed, end):
         os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'chat.py'), *args])
     shown, keys = b'', [*(line.encode() + b'\n' for line in typed), end]
     with open(terminal, 'r+b', buffering=0) as terminal, suppress(OSError):  # closed at the end
-        for _ in range(3000):
+        for _ in range(300):
             if select.select([terminal], [], [], 5)[0]:
                 if not (new := terminal.read(4096)):
                     break
