@@ -56,11 +56,13 @@ def render(tokenizer, messages):
 
     messages: dicts with `role` (system, user or assistant) and `content`.
     """
+    from jinja2 import TemplateError
+
     end = tokenizer.decode([tokenizer.eot])
     if any(end in message['content'] for message in messages):
         raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
-    with user_errors(Exception, f'the chat template refuses {str(messages)[:80]}',
-                     'change the roles or their order'):
+    with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
+                     f'{str(messages)[:80]}', 'change the roles or their order'):
         return compiled(tokenizer.chat_template)(
             messages=messages, eos_token=end,
             add_generation_prompt=messages[-1]['role'] != 'assistant')
@@ -106,8 +108,9 @@ def questions(in_terminal):
         print('An empty line begins a new conversation; Ctrl-C ends.')
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            yield input('> ' * in_terminal).strip()
-    print(end='\n' * in_terminal)  # the shell's prompt has a line of its own
+            yield input('> ' if in_terminal else '').strip()
+    if in_terminal:
+        print()  # the shell's prompt has a line of its own
 
 
 def chat(cfg):
@@ -140,9 +143,10 @@ def chat(cfg):
         answer = TextStream('', ids, tokenizer, eot=tokenizer.eot)
         with amp:
             for new in write(cfg, model, tokenizer, ids, [answer], generator):
-                print(console.printable(new) * in_terminal, end='', flush=True)
+                if in_terminal:
+                    print(console.printable(new), end='', flush=True)
         text = answer.text.strip()
-        print(console.printable(text.replace('\n', ' ')) * (not in_terminal), flush=True)
+        print('' if in_terminal else console.printable(text.replace('\n', ' ')), flush=True)
         history += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': text}]
 
 

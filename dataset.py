@@ -103,10 +103,12 @@ class Split:
 
     def all_windows(self, block_size):
         """Where windows begin that together contain each target of the split exactly once."""
+        if self.mask is None:
+            return np.arange(0, self.tokens - 1, block_size)
         begins = [0]
         while (end := self.ends(begins[-1], block_size)) < self.tokens:
-            # Within a text or a conversation, the last token before `end` is the next input.
-            begins.append(end if self.mask is not None and self.mask[end] == 2 else end - 1)
+            # A long conversation continues: the last token before `end` is its next input.
+            begins.append(end if self.mask[end] == 2 else end - 1)
         return np.array(begins)
 
 
@@ -136,10 +138,9 @@ def evaluation_batches(split, cfg, ranks, device):
     Each rank gets the same number of batches; the last ones are filled up with empty windows.
     """
     B, T = cfg.batch_size, cfg.block_size
-    if cfg.eval_iters:  # on train, update 0 has the same seed and learns some of them: no harm
-        begins = split.random_windows((cfg.seed, 0), cfg.eval_iters * B, T)
-    else:
-        begins = split.all_windows(T)
+    # On train, update 0 has the same seed and learns some of the random ones: no harm.
+    begins = (split.random_windows((cfg.seed, 0), cfg.eval_iters * B, T) if cfg.eval_iters
+              else split.all_windows(T))
     fill = -len(begins) % (ranks.world_size * B)
     begins = np.pad(begins, (0, fill), constant_values=split.tokens)  # past the end: no targets
     batches = begins.reshape(-1, ranks.world_size, B)[:, ranks.rank]

@@ -27,7 +27,9 @@ import console
 from chat import TEMPLATE, encode_chat
 from configurator import override
 from console import Progress, UserError, user_errors
-from prepare_text import TextConfig, fractions, make_tokenizer, read_text, write_dataset
+from prepare_text import (
+    TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset,
+)
 from tokenizer import END, CharTokenizer
 
 QUESTIONS = Path(__file__).with_name('data') / 'oz_questions.jsonl'
@@ -78,6 +80,7 @@ def read_conversations(paths, errors='strict'):
 def main(argv):
     inputs = [arg for arg in argv if not arg.startswith('-')] or [QUESTIONS]
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
+    check_name(cfg.dataset)
     chats = read_conversations(inputs, cfg.errors)
     contents = [message['content'] for messages in chats for message in messages]
     encoder = make_tokenizer(cfg.tokenizer, ['system user assistant\n', *contents])  # TEMPLATE's

@@ -86,8 +86,7 @@ def write(cfg, model, tokenizer, ids, texts, generator):
         yield new[0]
         if all(text.done for text in texts):
             break
-    new = [text.finish() for text in texts]
-    yield new[0]
+    yield [text.finish() for text in texts][0]
 
 
 def main(argv):
