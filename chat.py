@@ -76,20 +76,18 @@ def encode_chat(tokenizer, messages):
     """
     text = render(tokenizer, messages)
     ids = np.array(tokenizer.encode_special(text), int)
-
-    def length(messages):
-        """How many of the ids belong to these first messages: up to where the encodings differ."""
-        part = render(tokenizer, messages)
+    learned, end = np.zeros(len(ids), bool), 0
+    for i, message in enumerate(messages, 1):
+        if message['role'] == 'system':  # many templates refuse it alone
+            continue
+        part = render(tokenizer, messages[:i])  # after a question, with the header of an answer
         if not text.startswith(part):
             raise UserError("the tokenizer's chat template changes earlier messages when others "
                             'follow: use conversations of one question and one answer')
         part_ids = tokenizer.encode_special(part)[: len(ids)]
-        return np.append(ids[: len(part_ids)] == part_ids, False).argmin()
-
-    learned = np.zeros(len(ids), bool)
-    for i, message in enumerate(messages):
-        if message['role'] == 'assistant':
-            learned[length(messages[:i]) : length(messages[: i + 1])] = True
+        # This message ends where the encodings differ.
+        begin, end = end, np.append(ids[: len(part_ids)] == part_ids, False).argmin()
+        learned[begin:end] = message['role'] == 'assistant'
     return ids, learned
 
 
@@ -109,17 +107,18 @@ def questions(in_terminal):
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input('> ' if in_terminal else '').strip()
-    if in_terminal:
-        print()  # the shell's prompt has a line of its own
+    print(end='\n' * in_terminal)  # the shell's prompt has a line of its own
 
 
-def chat(cfg):
+@runtime.out_of_memory('use --quantize=int8')
+def main(argv):
     """Answer each line of standard input, until it ends."""
+    cfg = override(ChatConfig(), argv, usage=__doc__)
+    runtime.set_speed_options()
     model, tokenizer, generator, amp = load_to_sample(cfg)
     if not tokenizer.chat_template or tokenizer.eot is None:
-        path = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-        raise UserError(f'{path} was not trained on conversations: use sample.py, or train it on '
-                        'what prepare_chat.py made')
+        raise UserError(f'this {type(model).__name__} was not trained on conversations: use '
+                        'sample.py, or train it on what prepare_chat.py made')
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     block_size = model.config.block_size
@@ -148,13 +147,6 @@ def chat(cfg):
         text = answer.text.strip()
         print('' if in_terminal else console.printable(text.replace('\n', ' ')), flush=True)
         history += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': text}]
-
-
-def main(argv):
-    cfg = override(ChatConfig(), argv, usage=__doc__)
-    runtime.set_speed_options()
-    with runtime.out_of_memory('use --quantize=int8'):
-        chat(cfg)
 
 
 if __name__ == '__main__':

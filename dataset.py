@@ -61,31 +61,27 @@ class Split:
         last = self.borders[self.borders.searchsorted(reach, 'right') - 1]
         return np.where(last > begins, last, reach)
 
-    def longer_than(self, block_size):
-        """How many conversations are longer than a window; 0 for a text."""
-        return 0 if self.mask is None else int((np.diff(self.borders) > block_size + 1).sum())
-
     def windows(self, begins, block_size):
-        """(positions, inside, counted) of the windows at `begins`, each (..., block_size + 1).
+        """(positions, counted) of the windows at `begins`, each (..., block_size + 1).
 
-        begins: (...,). inside: whether a position is before its window's end. counted: whether the
-        loss counts it as a target.
+        begins: (...,). counted: whether the loss counts a position as a target: not after the end.
         """
         positions = begins[..., None] + np.arange(block_size + 1)
-        inside = positions < self.ends(begins, block_size)[..., None]
+        counted = positions < self.ends(begins, block_size)[..., None]
         positions = positions.clip(max=self.tokens - 1)
-        counted = inside if self.mask is None else inside & (self.mask[positions] == 1)
-        return positions, inside, counted
+        if self.mask is not None:
+            counted &= self.mask[positions] == 1
+        return positions, counted
 
     def batch(self, begins, block_size, device):
         """Inputs x and targets y of the windows at `begins`, (B,): y is x one token later.
 
-        Each is (B, block_size) int64 on `device`. After the end of its window, an input is 0. A
-        target that does not count is -1. Raises UserError.
+        Each is (B, block_size) int64 on `device`. A target that does not count is -1: an input
+        after the window's end changes nothing. Raises UserError.
         """
-        positions, inside, counted = self.windows(begins, block_size)
-        ids = self.ids(positions)
-        x, y = np.where(inside, ids, 0)[:, :-1], np.where(counted, ids.astype(int), -1)[:, 1:]
+        positions, counted = self.windows(begins, block_size)
+        ids = self.ids(positions).astype(int)
+        x, y = ids[:, :-1], np.where(counted, ids, -1)[:, 1:]
         pair = torch.from_numpy(np.stack([x, y]))
         if device.type == 'cuda':  # pinned, so that the copy doesn't wait for the GPU's work
             return pair.pin_memory().to(device, non_blocking=True).unbind()
@@ -125,7 +121,7 @@ def training_batches(split, cfg, ranks, device, it):
         begins = begins.reshape(ranks.world_size, -1, B)
         counts = np.ones(begins.shape[:2])  # targets per micro-batch; of a text, equally many
         if split.mask is not None:
-            counts = split.windows(begins, T)[2][..., 1:].sum((-2, -1)).clip(min=1)
+            counts = split.windows(begins, T)[1][..., 1:].sum((-2, -1)).clip(min=1)
         divisors = counts.mean(axis=0).sum() / counts[ranks.rank]
         for micro_batch, divisor in zip(begins[ranks.rank], divisors):  # (B,), a number
             yield *split.batch(micro_batch, T, device), divisor

@@ -1,8 +1,6 @@
 """Conversations to a dataset: as prepare_text.py, with a .mask beside each .bin.
 
-    python prepare_chat.py my.jsonl --dataset=my_chat                      # characters
-    python prepare_chat.py my.jsonl --dataset=my_chat --tokenizer=gpt2
-    python prepare_chat.py my.jsonl --dataset=my_chat --tokenizer=FOLDER   # a Hugging Face folder's
+    python prepare_chat.py my.jsonl --dataset=my_chat   # characters; or --tokenizer=gpt2, =FOLDER
     python prepare_chat.py --dataset=wizard_chat   # the questions about Oz that come with ozGPT
 
 Each line of a .jsonl file, or each element of a .json list, is a conversation in one of these
@@ -27,9 +25,7 @@ import console
 from chat import TEMPLATE, encode_chat
 from configurator import override
 from console import Progress, UserError, user_errors
-from prepare_text import (
-    TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset,
-)
+from prepare_text import TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset
 from tokenizer import END, CharTokenizer
 
 QUESTIONS = Path(__file__).with_name('data') / 'oz_questions.jsonl'
@@ -54,8 +50,7 @@ def messages_of(item):
 def read_conversations(paths, errors='strict'):
     """The conversations of files, lists of messages, each once, in the order of their hashes."""
     kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
-    remedy = 'correct it; --help shows the forms'
-    found, empty, total = {}, 0, 0
+    conversations, remedy = [], 'correct it; --help shows the forms'
     for path in paths:
         text = read_text(path, errors)
         is_list = text.lstrip().startswith('[')
@@ -66,14 +61,12 @@ def read_conversations(paths, errors='strict'):
                 continue
             where = f'{path}, {"element" if is_list else "line"} {number}'
             with user_errors(kinds, f'{where}: no conversation', remedy):
-                messages = messages_of(item if is_list else json.loads(item))
-            total += 1
-            if all(message['content'] for message in messages):
-                found[hashlib.sha256(json.dumps(messages).encode()).digest()] = messages
-            else:
-                empty += 1
-    if total > len(found):
-        print(f'left out: {empty} with an empty message, {total - empty - len(found)} repeated')
+                conversations.append(messages_of(item if is_list else json.loads(item)))
+    whole = [messages for messages in conversations if all(m['content'] for m in messages)]
+    found = {hashlib.sha256(json.dumps(messages).encode()).digest(): messages for messages in whole}
+    if len(found) < len(conversations):
+        print(f'left out: {len(conversations) - len(whole)} with an empty message, '
+              f'{len(whole) - len(found)} repeated')
     return [found[key] for key in sorted(found)]
 
 

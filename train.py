@@ -234,8 +234,8 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
             total, count = total + loss.item() * counted, count + counted
         total, count = ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
         if not count:
-            raise UserError(f'no answer in {split.path} begins within block_size={cfg.block_size} '
-                            'tokens: use a larger block_size')
+            raise UserError(f'no answer in {split.path} begins within block_size='
+                            f'{cfg.block_size} tokens: use a larger one')
         losses[name] = total / count
     model.train()
     return losses
@@ -327,7 +327,8 @@ def set_up(cfg, data, ranks, device, dtype, progress):
         f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens, '
         f'{cfg.update_tokens:,} an update; {cfg.model} of {model.num_params():,} parameters on '
         f'{device} in {str(dtype)[6:]}; results in {os.path.abspath(cfg.out_dir)}')
-    if longer := data.splits['train'].longer_than(cfg.block_size):
+    split = data.splits['train']
+    if split.mask is not None and (longer := sum(np.diff(split.borders) > cfg.block_size + 1)):
         progress.print_line(f'{longer:,} conversations are longer than block_size={cfg.block_size}:'
                             ' only their beginnings are learned')
     return cfg, model, optimizers, scaler, run

@@ -17,7 +17,6 @@ import torch
 from conftest import STORY, TINY, flags, script
 
 import console
-import dataset
 import prepare_text
 import train
 

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 import bench
 import checkpoint as checkpoints
 import console
-import dataset
 import model as gpt
 import prepare_text
 import runtime

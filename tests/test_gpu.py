@@ -122,7 +122,6 @@ assert saved['skipped'] == 1 and all(w.isfinite().all() for w in saved['model'].
 
 def test_sampling(tiny):
     run('out', max_iters=3)
-    texts = set()
     for more in (dict(dtype='bfloat16'), dict(dtype='float16', quantize='int8'),
                  dict(dtype='bfloat16', quantize='int8'), dict(dtype='float32', compile=True)):
         result = script('sample.py', *flags(device=DEVICE, start='The', max_new_tokens=30, **more),

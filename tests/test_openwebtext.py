@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, gpt2_tokenizer, script
 from test_data import contents
-from test_edges import error_of  # noqa: F401: a fixture
+from test_edges import error_of  # noqa: F401 (a fixture)
 
 import prepare_openwebtext as owt
 import prepare_text

@@ -19,9 +19,7 @@ from conftest import (
 )
 from test_resume import assert_same_run, log_of, stop_at
 
-import checkpoint
 import console
-import dataset
 import prepare_text
 import runtime
 import train

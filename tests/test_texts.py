@@ -17,7 +17,7 @@ import prepare_text
 import sample
 import tokenizer
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint
 from console import UserError
 from tokenizer import (
     CharTokenizer, GPT2Tokenizer, HuggingFaceTokenizer, TextStream, gives_same_ids, prompt_ids,
