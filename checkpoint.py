@@ -109,7 +109,8 @@ def load_checkpoint(path, mmap=False):
         }
         if checkpoint['iter_num'] < 0:
             raise ValueError(f'iter_num={checkpoint["iter_num"]}')
-        class_and_config(checkpoint['config'], checkpoint['model_args'])  # only to check them
+    with user_errors((ValueError, KeyError, TypeError), f'{path} fits no model', 'use another'):
+        class_and_config(checkpoint['config'], checkpoint['model_args'])
     if not checkpoint.get('tokenizer'):  # nanoGPT keeps it with the dataset, except for GPT-2's
         folder = os.path.join('data', str(checkpoint['config'].get('dataset')))
         checkpoint['tokenizer'] = state = read_meta(folder)['tokenizer']

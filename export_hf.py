@@ -24,7 +24,7 @@ from console import UsageError, UserError, optional, user_errors
 from llama import Llama
 from model import GPT
 from pretrained import GELUS, NAMES, hugging_face_weights
-from tokenizer import CharTokenizer, HuggingFaceTokenizer
+from tokenizer import CharTokenizer, GPT2Tokenizer, HuggingFaceTokenizer
 
 CANNOT_RUN = 'sample.py can run this model, transformers cannot'
 
@@ -50,6 +50,8 @@ def hugging_face_tokenizer(tokenizer):
         theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         theirs.decoder = decoders.Fuse()
         return theirs
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        raise UserError(f'a {type(tokenizer).__name__} has no Hugging Face form: {CANNOT_RUN}')
     # tiktoken made its tables of these two files, and keeps them. A line of the second is a merge.
     url = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
     vocab = json.loads(read_file_cached(url + 'encoder.json'))
@@ -102,7 +104,7 @@ def export(model, tokenizer, folder):
     with user_errors(RuntimeError, f'a {kind} has other weights', CANNOT_RUN):
         theirs.load_state_dict(biases | hugging_face_weights(model))
     theirs.resize_token_embeddings(min(len(special), c.vocab_size))  # without padding
-    idx = torch.arange(min(c.block_size, tokenizer.vocab_size, 64))[None]
+    idx = torch.arange(min(c.block_size, 1024))[None] % tokenizer.vocab_size
     expected = model.eval()(idx, idx)[0][..., : theirs.config.vocab_size]
     if not torch.allclose(theirs(idx).logits, expected, rtol=1e-2, atol=1e-2):
         raise UserError(f'a {kind} computes something else from these weights: {CANNOT_RUN}')

@@ -86,7 +86,7 @@ def attention(q, k, v, dropout=0.0):
     q: (B, n_head, T, head_size), for the last T of S positions; k, v: (B, n_head, S, head_size).
     Returns (B, n_head, T, head_size). Each query scores all keys; the mask hides those after its
     own position; softmax turns the scores into weights; the result is the weighted mean of the
-    values (Vaswani et al. 2017, section 3.2.1).
+    values (Vaswani et al. 2017, section 3.2.1). An edit belongs in both forms below.
     """
     T, S = q.size(2), k.size(2)
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or S > 512:
@@ -269,22 +269,23 @@ CHUNK = 1024  # tokens
 class LossInChunks(torch.autograd.Function):
     """The sum of the losses of lm_head(x), computed for CHUNK tokens at a time.
 
-    x: (N, n_embd), targets: (N,), params: those of lm_head. With GPT-2's vocabulary, all logits
+    x: (N, n_embd), targets: (N,), params: lm_head's that learn. With GPT-2's vocabulary, all logits
     together are the largest tensor of a training step. So `forward` computes the gradients of a
     chunk together with its loss, then drops its logits; `backward` only scales the gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, targets, lm_head, *params):
+    def forward(ctx, x, targets, lm_head, learns, *params):
         dx, dparams, total = torch.zeros_like(x), [torch.zeros_like(p) for p in params], 0.0
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):  # False in an evaluation
+            with torch.set_grad_enabled(learns):  # False in an evaluation
                 part = x[chunk].detach().requires_grad_()
                 loss = next_token_loss(lm_head(part), targets[chunk], count=1)  # their sum
-            if ctx.needs_input_grad[0]:
+            if learns:
                 dx[chunk], *gradients = torch.autograd.grad(loss, (part, *params))
-                torch._foreach_add_(dparams, gradients)
+                for sum_of_chunks, gradient in zip(dparams, gradients):
+                    sum_of_chunks += gradient
             total += loss.detach()
         ctx.save_for_backward(dx, *dparams)
         return total
@@ -292,7 +293,7 @@ class LossInChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         dx, *dparams = (saved * gradient for saved in ctx.saved_tensors)
-        return dx, None, None, *dparams
+        return dx, None, None, None, *dparams
 
 
 def logits_and_loss(x, lm_head, targets, loss_only):
@@ -302,8 +303,9 @@ def logits_and_loss(x, lm_head, targets, loss_only):
     # torch.compile saves as much memory by itself, but would compute these chunks all at once.
     if loss_only and not torch.compiler.is_compiling() and (
             targets.numel() * lm_head.out_features > MAX_LOGITS):
-        total = LossInChunks.apply(x.flatten(0, 1), targets.flatten(), lm_head,
-                                   *lm_head.parameters())
+        total = LossInChunks.apply(
+            x.flatten(0, 1), targets.flatten(), lm_head, torch.is_grad_enabled(),
+            *(p for p in lm_head.parameters() if p.requires_grad))
         return None, total / (targets != -1).sum().clamp(min=1)
     logits = lm_head(x)  # (B, T, vocab_size)
     return (None if loss_only else logits), next_token_loss(logits, targets)
@@ -360,6 +362,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             if window.size(1) > block_size:
                 window = unread = window[:, -max(1, block_size // 2) :]
                 cache = [KVCache(max_tokens) for _ in model.blocks]
+            elif not any(layer.length for layer in cache):  # a model that does not use it
+                unread = window
     finally:
         model.train(was_training)
 

@@ -28,6 +28,10 @@ class Int8(nn.Module):
         self.register_buffer('scale', scale.to(weight.dtype))
         self.bias = bias
 
+    @property
+    def weight(self):  # for code that reads it
+        return self.rows * self.scale[:, None]
+
     def forward(self, x):
         """Ids (B, T) to (B, T, in), as an embedding; else (..., in) to (..., out), linear."""
         if not x.is_floating_point():
@@ -51,12 +55,17 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16())
-        self.bias = bias if bias is None else bias.bfloat16()
+        self.bias = bias
+        self.packed = (torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16()),
+                       bias if bias is None else bias.bfloat16())
+
+    @property
+    def weight(self):  # for code that reads it
+        return self.packed[0].to_dense().float()
 
     def forward(self, x):
         """(..., in) to (..., out), in the dtype of x."""
-        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, 'none', [], '')
+        y = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *self.packed, 'none', [], '')
         return y.to(x.dtype)
 
 
@@ -79,10 +88,13 @@ class FewTokensInBf16(nn.Module):
 
 
 def replace_layers(model, kinds, make):
-    """Put `make(weight, bias)` in the place of every layer of these kinds; one for each weight."""
-    made = {}
+    """Put `make(weight, bias)` in the place of every layer of these kinds; one for each weight.
+
+    A layer with a `forward` of its own stays as it is.
+    """
+    made, known = {}, (nn.Linear.forward, nn.Embedding.forward)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, kinds):
+        if isinstance(layer, kinds) and type(layer).forward in known:
             if layer.weight not in made:
                 made[layer.weight] = make(layer.weight, getattr(layer, 'bias', None))
             model.set_submodule(name, made[layer.weight])

@@ -103,7 +103,8 @@ def flops_per_token(model, block_size):
     weights = sum(p.numel() for module in model.modules() if isinstance(module, nn.Linear)
                   for p in module.parameters())
     c = model.config
-    width = c.n_head * getattr(c, 'head_size', c.n_embd // c.n_head) if model.blocks else 0
+    has_heads = hasattr(c, 'n_head')  # a Bigram has none
+    width = c.n_head * getattr(c, 'head_size', c.n_embd // c.n_head) if has_heads else 0
     return 6 * weights + 12 * len(model.blocks) * width * block_size
 
 
@@ -249,7 +250,8 @@ def new_model(cls, config, weights, device, dtype=None, shard=False, seed=0):
             own = model.state_dict()
             weights = {name: weight for name, weight in weights.items()  # without nanoGPT's masks
                        if name in own or not name.endswith('.attn.bias')}
-            with user_errors(RuntimeError, 'the weights do not fit their model', 'use others'):
+            with user_errors(RuntimeError, 'the weights do not fit their model',
+                             'use others, or undo the edit of the model'):
                 model.load_state_dict(weights)
     return spread(cls, config, model, device, dtype) if shard else model.to(device)
 

@@ -50,8 +50,9 @@ def resumed(cfg, tokenizer, ranks):
                         f'--init_from={path} and another --out_dir')
     if path != own:  # a branch: it has no best.pt yet
         checkpoint['best_val_loss'] = math.inf
-    settings = checkpoint['config']
-    cls, config = class_and_config(settings, checkpoint['model_args'])
+    settings = checkpoint['config']  # a setting that is newer than the checkpoint: the command's
+    cls, config = class_and_config(vars(cfg) | {'model': 'gpt'} | settings,
+                                   checkpoint['model_args'])
     cfg = replace(
         cfg, block_size=settings.get('block_size', config.block_size),
         optimizer=settings.get('optimizer', 'adamw'),
@@ -87,7 +88,7 @@ def from_weights(cfg, tokenizer, ranks):
             raise UserError(f'{cfg.init_from} was trained on {theirs["type"]} tokens, the dataset '
                             f'has other ({state["type"]}) ones: train from scratch, or prepare it '
                             'with those: --tokenizer=gpt2, =FOLDER, or =data/NAME')
-        adapt_alphabet(weights, theirs['chars'], state['chars'])
+        adapt_alphabet(weights, cls, config, theirs['chars'], state['chars'])
         config.vocab_size = state['vocab_size']
     if state['vocab_size'] > config.vocab_size:
         raise UserError(f'{cfg.init_from} has {config.vocab_size} rows of weights for the '
@@ -95,18 +96,20 @@ def from_weights(cfg, tokenizer, ranks):
     return cfg, cls, config, weights, None
 
 
-def adapt_alphabet(weights, theirs, ours):
-    """Change `weights` in place from the characters `theirs` to `ours`.
+def adapt_alphabet(weights, cls, config, theirs, ours):
+    """Change the weights of a `cls(config)` in place from the characters `theirs` to `ours`.
 
-    Characters of both keep their rows of the embedding; rows of new ones are initialized.
+    Characters of both keep their rows; rows of new ones are initialized.
     """
     old = torch.tensor([theirs.find(char) for char in ours])  # -1: a new one
-    for key in weights.keys() & {'transformer.wte.weight', 'model.embed_tokens.weight',
-                                 'lm_head.weight'}:
-        # The same seed for both matrices: they may be tied.
-        new_rows = torch.normal(0, 0.02, (len(old), weights[key].size(1)),
+    with torch.device('meta'):  # shapes alone: one more character shows which have rows for them
+        larger = cls(replace(config, vocab_size=config.vocab_size + 1)).state_dict()
+    for key in [key for key in weights if weights[key].shape != larger[key].shape]:
+        weights[key] = weights[key][old]
+        # The same seed for all: an embedding and its head may be tied.
+        new_rows = torch.normal(0, 0.02, weights[key].shape,
                                 generator=torch.Generator().manual_seed(0))
-        weights[key] = torch.where(old[:, None] < 0, new_rows, weights[key][old])
+        weights[key][old < 0] = new_rows[old < 0]
 
 
 def starting_point(cfg, tokenizer, ranks, device, dtype, progress):
@@ -126,7 +129,7 @@ def starting_point(cfg, tokenizer, ranks, device, dtype, progress):
     model = runtime.new_model(cls, config, weights, device, dtype, cfg.shard, cfg.seed)
     shape = {name: value for name, value in vars(config).items()
              if hasattr(cfg, name) and name != 'block_size'}  # cfg's windows may be shorter
-    shape['model'] = next(name for name, pair in MODELS.items() if pair[0] is cls)
+    shape['model'] = next(name for name, pair in MODELS.items() if pair == (cls, type(config)))
     cfg = replace(cfg, **shape)
     if overridden := [f'{name}={value}' for name, value in vars(cfg).items()
                       if getattr(requested, name) not in (None, value)]:  # None: left to us

@@ -18,7 +18,6 @@ from collections import defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -34,7 +33,7 @@ from console import Log, Progress, UsageError, UserError, hms
 from dataset import Dataset, evaluation_batches, training_batches
 from llama import MODELS
 from model import MODEL_SIZES
-from muon import Muon
+from muon import Muon, is_matrix
 from runtime import Ranks
 from start import starting_point
 from tokenizer import prompt_ids
@@ -80,7 +79,7 @@ class TrainConfig:
     muon_momentum: float = 0.95  # Muon's decay of the gradient's running mean
     muon_weight_decay: float = 0.1  # Muon's; matters more than AdamW's: Muon's updates are larger
     muon_steps: int = 3  # orthogonalization steps per update; 2 are faster but learn less
-    learning_rate: float = 6e-4  # the peak; small models learn better with more: 1e-3 to 8e-3
+    learning_rate: float = 6e-4  # the peak (0 stops Muon too); small models like 1e-3 to 8e-3
     max_iters: int = 600000  # number of updates
     weight_decay: float = 0.1  # on matrices; never on biases and norms
     beta1: float = 0.9  # AdamW's decay of the gradient's running mean
@@ -113,8 +112,6 @@ class TrainConfig:
         self.out_dir = os.path.expanduser(self.out_dir)
         if self.eval_only and self.init_from == 'scratch':
             raise UsageError('eval_only needs a trained model: add --init_from=OUT_DIR')
-        if self.optimizer == 'muon' and self.model == 'bigram':
-            raise UsageError('optimizer=muon needs a model with blocks: a gpt or a llama')
 
     @property
     def update_tokens(self):
@@ -149,10 +146,9 @@ def adamw(model, cfg, dtype, params=None):
     """[AdamW] for `params`, or all weights: Loshchilov & Hutter 2017, arXiv:1711.05101."""
     params = list(model.parameters() if params is None else params)
     return [torch.optim.AdamW(
-        [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': cfg.weight_decay},
-         {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}],
-        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True,
-    )]
+        [{'params': [p for p in params if is_matrix(p)], 'weight_decay': cfg.weight_decay},
+         {'params': [p for p in params if not is_matrix(p)], 'weight_decay': 0.0}],
+        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
 
 
 def muon(model, cfg, dtype):
@@ -163,7 +159,9 @@ def muon(model, cfg, dtype):
     left_out = {p for module in model.modules() if getattr(module, 'optimizer', None) == 'adamw'
                 for p in module.parameters()}
     hidden = {p: None for block in model.blocks for p in block.parameters()  # an ordered set
-              if p.dim() >= 2 and p not in left_out}
+              if is_matrix(p) and p not in left_out}
+    if not hidden:
+        raise UsageError('optimizer=muon needs a model with blocks: a gpt or a llama')
     rest = [p for p in model.parameters() if p not in hidden]
     return adamw(model, cfg, dtype, rest) + [Muon(
         hidden, cfg.muon_lr, cfg.muon_momentum, cfg.muon_weight_decay, cfg.muon_steps,
@@ -176,7 +174,7 @@ OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def training_loss(model, x, y):
-    """The loss that an update lowers, and a dict of named parts of it for the log: scalar tensors.
+    """The loss that an update lowers, and parts of it for the log: scalar tensors, by new names.
 
     Add a second loss here, for example the balance of experts. Evaluations don't include it.
     """
@@ -196,22 +194,21 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
         with amp:
             loss, parts = training_loss(model, x, y)
         scaler.scale(loss / divisor).backward()  # gradients add up, and ranks are averaged
-        for name, value in {'loss': loss, **parts}.items():
+        for name, value in dict(loss=loss, **parts).items():
             means[name] += value.detach() / divisor
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # Clip: one very large gradient must not undo many steps: Pascanu et al. 2012, arXiv:1211.5063.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    means['norm'] = runtime.gather(norm)  # the same on all ranks, and so is its mean
-    averaged = ranks.sum(torch.stack([*means.values()])) / ranks.world_size
-    means = dict(zip(means, averaged.tolist()))  # here the host waits for the GPU
-    loss, norm = means.pop('loss'), means.pop('norm')
+    norm = runtime.gather(norm)  # the same on all ranks, and so is its mean
+    averaged = ranks.sum(torch.stack([*means.values(), norm])) / ranks.world_size
+    loss, *parts, norm = averaged.tolist()  # here the host waits for the GPU
     if math.isfinite(loss + norm):  # else skip the update: a bad batch must not spoil the weights
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
     model.zero_grad()
-    return loss, norm, means
+    return loss, norm, dict(zip([*means][1:], parts))  # the first one is the loss
 
 
 @torch.no_grad()
@@ -430,7 +427,7 @@ def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
     """Print where the results are, and what to type next. saved_path: of the last save, or None."""
     if not stopping:
         script = 'chat.py' if tokenizer.chat_template else 'sample.py'
-        script = os.path.relpath(Path(__file__).resolve().with_name(script))
+        script = os.path.relpath(os.path.join(os.path.dirname(os.path.realpath(__file__)), script))
         command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
         at_start = ' (before the first update)' * (not os.path.exists(f'{cfg.out_dir}/best.pt'))
         progress.print_line(f'best val loss {run["best_val_loss"]:.4f}{at_start} after '

@@ -228,7 +228,7 @@ TABLE = {
         n_layer=1, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=64, dropout=0.0))),
     'shape that cannot be': (SAMPLE, ['n_head'], another_checkpoint(model_args=dict(
         n_layer=1, n_head=0, n_embd=32, block_size=16, bias=False, vocab_size=64, dropout=0.0))),
-    'settings of another model': (SAMPLE, ['no checkpoint of a GPT', "'width'"],
+    'settings of another model': (SAMPLE, ['out/best.pt fits no model', "'width'"],
                                   another_checkpoint(model_args={'width': 3})),
     'no tokenizer anywhere': (SAMPLE, ['tokenizer', 'prepare'], another_checkpoint(
         tokenizer=None, config={'dataset': 'gone'})),

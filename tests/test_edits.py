@@ -6,14 +6,27 @@ Each test changes a copy of the scripts, as a reader would, and runs it.
 import csv
 import os
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import ROOT, TINY, edited, flags, script, scripts_together, steps
+from torch import nn
+from torch.nn import functional as F
 
-from checkpoint import load_checkpoint
+import export_hf
+import model
+import quantize as quantization
+import start
+import train
+from checkpoint import load_checkpoint, load_model
+from console import UserError
+from llama import MODELS
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
 
 RUN = TINY | dict(sample_tokens=0)
+SHAPE = dict(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
 
 def run(source, *more, script_name='train.py', **settings):
@@ -226,6 +239,22 @@ def test_a_schedule_is_one_entry(tiny, source):
     assert "'steps'" in run(source, schedule='stairs').stderr
 
 
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_column_of_gradients_is_one_edit(tiny, source, processes):
+    edited(source, 'train.py', ('    # Clip: one very', """\
+    for number, block in enumerate(getattr(model, 'module', model).blocks):
+        grads = [p.grad for p in block.parameters()]
+        means[f'block {number}'] = torch.nn.utils.get_total_norm(grads)
+    # Clip: one very"""))
+    if processes == 1:
+        works(source, out_dir='out')
+    else:
+        assert scripts_together(source / 'train.py', flags(**RUN))[0] == [0, 0]
+    for row in rows()[:6]:
+        norms = [float(row['block 0']), float(row['block 1'])]
+        assert 0 < max(norms) <= float(row['grad_norm']) and 0 < min(norms)
+
+
 # --- settings belong to their model
 
 
@@ -311,3 +340,190 @@ def test_two_processes_with_a_second_loss_equal_one(tiny, source):
     for one, two in zip(rows('one')[:6], rows('two')[:6], strict=True):
         for name in ('train_loss', 'balance'):
             assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-3)
+
+
+# --- layers, weights and models of one's own
+
+
+class Ternary(model.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.sign() * self.weight.abs().mean(), self.bias)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('quantize', ['', 'int8'])
+@torch.no_grad()
+def test_a_layer_with_a_forward_of_its_own_is_sampled_with_it(dtype, quantize, monkeypatch):
+    monkeypatch.setattr(model, 'Linear', Ternary)
+    net = GPT(GPTConfig(**SHAPE)).eval()
+    idx = torch.randint(65, (2, 16))
+    expected, _ = net(idx, idx)
+    with quantization.prepare_for_sampling(net, torch.device('cpu'), dtype, quantize):
+        logits, _ = net(idx, idx)
+    assert torch.allclose(logits.float(), expected, atol=0.05 * expected.std().item())
+
+
+@pytest.mark.parametrize('dtype, quantize', [
+    (torch.float32, ''), (torch.bfloat16, ''), (torch.float32, 'int8')])
+@torch.no_grad()
+def test_code_that_reads_a_weight_finds_it_when_sampling(dtype, quantize):
+    net = GPT(GPTConfig(**SHAPE)).eval()
+    layer = 'transformer.h.0.mlp.c_fc'
+    before = net.get_submodule(layer).weight.clone()
+    quantization.prepare_for_sampling(net, torch.device('cpu'), dtype, quantize)
+    after = net.get_submodule(layer).weight
+    assert (before - after).abs().max() < 0.01 * before.abs().max()
+
+
+class Recurrent(model.LanguageModel):
+    """A model without blocks, heads or a cache, and whose head has a bias."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = model.Embedding(config.vocab_size, 32)
+        self.cells = nn.GRU(32, 32, batch_first=True)
+        self.lm_head = nn.Linear(32, config.vocab_size)
+
+    def forward(self, idx, targets=None, cache=None, loss_only=False):
+        x, _ = self.cells(self.table(idx))
+        return model.logits_and_loss(x, self.lm_head, targets, loss_only)
+
+
+@dataclass
+class RecurrentConfig:
+    block_size: int = 16
+    vocab_size: int = 65
+
+
+class Stack(Recurrent):
+    """The same with blocks, of which nobody asks for the number of heads."""
+
+    @property
+    def blocks(self):
+        return [self.cells]
+
+
+@pytest.mark.parametrize('cls', [Recurrent, Stack])
+def test_a_model_of_another_kind_is_trained_resumed_and_sampled(cls, tiny, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, 'mine', (cls, RecurrentConfig))
+    settings = {name: value for name, value in TINY.items() if name[:2] != 'n_'} | {'model': 'mine'}
+    train.train(train.TrainConfig(**settings))
+    train.train(train.TrainConfig(**settings | dict(init_from='resume', max_iters=8)))
+    assert '  | ' in capsys.readouterr().out
+    net, _ = load_model('out')
+    assert type(net) is cls
+    idx = torch.tensor([[1, 2, 3]])
+    written = net.generate(idx, 30, temperature=0)  # longer than its context of 16
+    for _ in range(12):
+        logits, _ = net(idx)
+        idx = torch.cat([idx, logits.argmax(-1)], dim=1)
+    assert torch.equal(written[:, :15], idx)
+    if cls is Recurrent:
+        with pytest.raises(UserError, match='muon needs a model with blocks'):
+            train.train(train.TrainConfig(**settings | dict(optimizer='muon', out_dir='b')))
+
+
+def test_two_entries_of_models_may_share_a_class(tiny, monkeypatch):
+    @dataclass
+    class WindowConfig(GPTConfig):
+        window: int = 8
+
+    monkeypatch.setitem(MODELS, 'windowed', (GPT, WindowConfig))
+    train.train(train.TrainConfig(**RUN | dict(model='windowed', max_iters=1)))
+    net, _ = load_model('out')
+    assert type(net.config) is WindowConfig
+    train.train(train.TrainConfig(**RUN | dict(model='windowed', init_from='resume', max_iters=2)))
+
+
+def test_another_alphabet_reaches_every_weight_with_a_row_for_each_character():
+    config = RecurrentConfig(vocab_size=4)
+    weights = Recurrent(config).state_dict()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    start.adapt_alphabet(weights, Recurrent, config, 'abcd', 'dxb')
+    for name in ('table.weight', 'lm_head.weight', 'lm_head.bias'):
+        assert torch.equal(weights[name][[0, 2]], before[name][[3, 1]])
+        assert len(weights[name]) == 3 and 0 < weights[name][1].abs().max() < 0.2
+    others = weights.keys() - {'table.weight', 'lm_head.weight', 'lm_head.bias'}
+    assert all(weights[name] is not None and torch.equal(weights[name], before[name])
+               for name in others)
+
+
+@pytest.mark.parametrize('learns', ['head', 'bias', 'blocks'])
+def test_frozen_weights_get_no_gradient_and_others_the_same_in_chunks(learns, monkeypatch):
+    gradients = []
+    idx = torch.randint(65, (2, 16), generator=torch.Generator().manual_seed(0))
+    for most in (1 << 26, 0):
+        monkeypatch.setattr(model, 'MAX_LOGITS', most)
+        monkeypatch.setattr(model, 'CHUNK', 10)
+        torch.manual_seed(0)
+        net = GPT(GPTConfig(**SHAPE))
+        net.lm_head = nn.Linear(32, 65)
+        names = {'head': 'lm_head', 'bias': 'lm_head.bias', 'blocks': 'transformer.h'}
+        for name, p in net.named_parameters():
+            p.requires_grad = name.startswith(names[learns])
+        net(idx, idx.roll(-1, 1), loss_only=True)[1].backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.requires_grad})
+        assert all(p.grad is None for p in net.parameters() if not p.requires_grad)
+    plain, chunked = gradients
+    assert plain.keys() == chunked.keys()
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0 and torch.allclose(gradient, chunked[name], atol=1e-6)
+
+
+def test_a_number_for_each_head_is_no_matrix():
+    net = GPT(GPTConfig(**SHAPE))
+    net.transformer.h[0].attn.temperature = nn.Parameter(torch.ones(2, 1, 1))
+    net.transformer.h[0].experts = nn.Parameter(torch.ones(2, 3, 4))
+    adamw, muon = train.muon(net, train.TrainConfig(**RUN | dict(optimizer='muon')), torch.float32)
+    decayed, rest = ({id(p) for p in group['params']} for group in adamw.param_groups)
+    block = net.transformer.h[0]
+    assert id(block.attn.temperature) in rest
+    assert id(block.experts) in {id(p) for p in muon.param_groups[0]['params']}
+    assert adamw.param_groups[1]['weight_decay'] == 0
+    assert decayed == {id(net.transformer.wte.weight), id(net.transformer.wpe.weight)}
+
+
+def test_a_setting_newer_than_a_checkpoint_is_the_commands(tiny):
+    train.train(train.TrainConfig(**RUN | dict(max_iters=1)))
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    del checkpoint['config']['gelu']  # which model_args do not contain either
+    torch.save(checkpoint, 'out/ckpt.pt')
+    train.train(train.TrainConfig(**RUN | dict(max_iters=2, init_from='resume', gelu='tanh')))
+    net, _ = load_model('out/ckpt.pt')
+    assert net.config.gelu == 'tanh'
+
+
+def test_a_part_of_the_loss_cannot_take_the_name_of_the_whole(tiny, monkeypatch):
+    def training_loss(net, x, y):
+        loss = net(x, y, loss_only=True)[1]
+        return loss + 10, {'loss': loss}
+
+    monkeypatch.setattr(train, 'training_loss', training_loss)
+    with pytest.raises(TypeError, match="'loss'"):
+        train.train(train.TrainConfig(**RUN))
+
+
+def test_a_slip_in_a_config_is_no_damaged_checkpoint(tiny, monkeypatch):
+    train.train(train.TrainConfig(**RUN | dict(max_iters=1)))
+    monkeypatch.setattr(GPTConfig, '__post_init__', lambda config: config.n_heads)
+    with pytest.raises(AttributeError, match='n_heads'):
+        load_checkpoint('out')
+
+
+def test_a_tokenizer_of_another_kind_is_not_exported_as_gpt2s():
+    pytest.importorskip('tokenizers')
+    with pytest.raises(UserError, match='Bytes'):
+        export_hf.hugging_face_tokenizer(type('Bytes', (Tokenizer,), {})())
+
+
+def test_a_window_longer_than_a_few_tokens_is_not_exported(tiny, source):
+    pytest.importorskip('transformers')
+    train.train(train.TrainConfig(**RUN | dict(block_size=128, max_iters=30, eval_interval=30)))
+    edited(source, 'model.py', ('    T, S = q.size(2), k.size(2)\n', '''\
+    T, S = q.size(2), k.size(2)
+    near = torch.ones(T, S, dtype=torch.bool).tril(S - T).triu(S - T - 100)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+'''))
+    result = run(source, script_name='export_hf.py', out_dir='out', to='hf')
+    assert result.returncode == 1 and 'computes something else' in result.stderr, result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -244,12 +245,13 @@ def test_a_bad_batch_moves_nothing(tiny, monkeypatch):
     assert torch.equal(*moments)
 
 
-@pytest.mark.parametrize('settings, words', [
-    (dict(model='bigram'), 'a gpt or a llama'), (dict(optimizer='adam'), "'adam'"),
-])
-def test_impossible_settings_of_muon_are_refused(settings, words):
-    with pytest.raises(train.UsageError, match=words):
-        TrainConfig(**dict(optimizer='muon') | settings)
+def test_muon_needs_matrices_and_its_name(tiny):
+    with pytest.raises(train.UsageError, match='a gpt or a llama'):
+        train.train(TrainConfig(**TINY | dict(optimizer='muon', model='bigram', n_layer=None,
+                                              n_head=None, n_embd=None)))
+    assert not os.path.exists('out')
+    with pytest.raises(train.UsageError, match="'adam'"):
+        TrainConfig(optimizer='adam')
 
 
 # --- Hugging Face

@@ -17,7 +17,7 @@ import sample
 import train
 from checkpoint import load_checkpoint, load_model
 from console import UserError, atomic_file
-from model import GPT
+from model import GPT, GPTConfig
 from start import adapt_alphabet
 from train import TrainConfig
 
@@ -240,7 +240,8 @@ def test_new_letters_start_the_same_in_every_process(tiny):
         checkpoint = load_checkpoint('out')
         weights, theirs = checkpoint['model'], checkpoint['tokenizer']
         z = weights['transformer.wte.weight'][theirs['chars'].index('z')]
-        adapt_alphabet(weights, theirs['chars'], '#z')
+        config = GPTConfig(**checkpoint['model_args'])
+        adapt_alphabet(weights, GPT, config, theirs['chars'], '#z')
         for name in ('transformer.wte.weight', 'lm_head.weight'):
             tables.append(weights[name])
             assert torch.equal(tables[-1][1], z) and 0 < tables[-1][0].std() < 0.04
