@@ -136,14 +136,14 @@ def main(argv):
             if len(ids) >= block_size:
                 raise UserError(f'{len(ids)} tokens are too many for a context of {block_size}: '
                                 'ask less at once')
+            answer = TextStream('', ids, tokenizer, eot=tokenizer.eot)
+            with amp:
+                for new in write(cfg, model, tokenizer, ids, [answer], generator):
+                    if in_terminal:
+                        print(console.printable(new), end='', flush=True)
         except UserError as error:  # also for a letter that the alphabet lacks
             print(f'({error})', file=sys.stderr)
             continue
-        answer = TextStream('', ids, tokenizer, eot=tokenizer.eot)
-        with amp:
-            for new in write(cfg, model, tokenizer, ids, [answer], generator):
-                if in_terminal:
-                    print(console.printable(new), end='', flush=True)
         text = answer.text.strip()
         print('' if in_terminal else console.printable(text.replace('\n', ' ')), flush=True)
         history += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': text}]

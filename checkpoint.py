@@ -47,19 +47,22 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
     is_first = log.columns is None  # the log is not open yet
     if is_first and log.is_new and not (is_evaluated or is_kept) and files_of_run(cfg.out_dir):
         # Stopped before its first evaluation, perhaps a mistake: the previous run stays in place.
-        is_first, path = False, f'{cfg.out_dir}/stopped-{it}.pt'
+        folder = console.first_free(f'{cfg.out_dir}/stopped')
+        path, log.path, log.is_new = f'{folder}/ckpt.pt', f'{folder}/log.csv', False
     if ranks.is_main:
         with atomic_file(path) as file:
             torch.save(state, file)
+            flush_to_disk(file)  # a full disk must show before anything is moved
             if is_first:
-                flush_to_disk(file)  # a full disk must show before anything is moved
                 if log.is_new:
                     console.move_previous_run(cfg.out_dir)
                 log.open()
-    for name, content, is_due in ('best.pt', best, improved), (f'ckpt-{it}.pt', state, is_kept):
-        if ranks.is_main and is_due:
-            with atomic_file(f'{cfg.out_dir}/{name}') as file:
-                torch.save(content, file)
+            # Before ckpt.pt gets its name: after a crash in between, a resumed run repeats these.
+            kept = f'ckpt-{it}.pt'
+            for name, content, is_due in ('best.pt', best, improved), (kept, state, is_kept):
+                if is_due:
+                    with atomic_file(f'{cfg.out_dir}/{name}') as other:
+                        torch.save(content, other)
     ranks.wait()  # rank 0 is still writing; torchrun would end it if the others left
     return path
 
@@ -91,12 +94,13 @@ def load_checkpoint(path, mmap=False):
         best = os.path.join(path, 'best.pt')
         path = best if os.path.exists(best) else os.path.join(path, 'ckpt.pt')
     if not os.path.exists(path):
-        files = glob.glob('out*/*.pt') + glob.glob('out*/previous*/*.pt')
+        files = glob.glob('out*/*.pt') + glob.glob('out*/*/*.pt')  # such as previous/
         found = ', '.join(sorted({os.path.dirname(file) for file in files}))
         raise UserError(f'no checkpoint {path} (found: {found or "none"}): choose one, or train '
                         'one: python train.py config/train_wizard_char.py')
     with user_errors(Exception, f'{path} is damaged, no checkpoint of a GPT, or might run code',
-                     'use one that train.py wrote'):  # damage causes many kinds of errors
+                     'use one that train.py wrote',  # damage causes many kinds of errors
+                     lambda error: not runtime.is_out_of_memory(error)):
         with warnings.catch_warnings(action='ignore'):  # about files that it refuses anyway
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         # nanoGPT's compiled models have the prefix _orig_mod. Our older files contain a `log`.
@@ -126,6 +130,7 @@ def load_model(path, hub=False):
 
     hub: also accept a name on Hugging Face (gpt2, owner/name). Raises UserError.
     """
+    path = os.path.expanduser(path)
     if is_pretrained(path, hub):
         tokenizer, model = tokenizer_of(path), read_pretrained(path)
     else:

@@ -97,7 +97,7 @@ def parsed(text):
 
 def checked(value, allowed, shown):
     """`value`, if its type is in `allowed`; an int also as a float, 0 and 1 also as a bool."""
-    with suppress(AttributeError, ValueError):
+    with suppress(AttributeError, ValueError, RuntimeError):
         value = value.item()  # a single number of numpy's or torch's
     if type(value) is int and abs(value) >= 2**63:
         raise UsageError(f'{shown} is too large')

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -114,11 +115,11 @@ def atomic_file(path):
 
     Raises UserError if it can't be written; then `path` stays as it was.
     """
-    temporary, folder = f'{path}.{secrets.token_hex(4)}.tmp', os.path.dirname(path) or '.'
+    temporary, folder = f'{path}.{secrets.token_hex(16)}.tmp', os.path.dirname(path) or '.'
     try:
-        # RuntimeError: torch.save's, on a full disk
         with user_errors((OSError, RuntimeError), f'cannot write {path}', 'free some space or '
-                         'choose another folder; the file from before is untouched'):
+                         'choose another folder; the file from before is untouched', lambda error:
+                         isinstance(error, OSError) or 'inline_container' in str(error)):  # torch's
             os.makedirs(folder, exist_ok=True)
             with open(temporary, 'xb') as file:
                 yield file
@@ -152,7 +153,7 @@ def locked(folder, wait=False):
             with user_errors(BlockingIOError, f'another process is writing into {folder}',
                              'wait for it, or choose another folder'):
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            for leftover in Path(folder).glob(f'*.{"[0-9a-f]" * 8}.tmp'):  # of a killed process
+            for leftover in Path(folder).glob(f'*.{"[0-9a-f]" * 32}.tmp'):  # of a killed process
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
@@ -161,6 +162,12 @@ def locked(folder, wait=False):
         if is_new:
             with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(folder)
+
+
+def first_free(path):
+    """`path` with the first number that is free: path-1, path-2 and so on."""
+    numbered = (f'{path}-{number}' for number in count(1))
+    return next(path for path in numbered if not os.path.exists(path))
 
 
 def files_of_run(out_dir):
@@ -179,8 +186,7 @@ def move_previous_run(out_dir):
     with user_errors(OSError, f'cannot move the previous run in {out_dir} away',
                      'choose another --out_dir'):
         if os.path.exists(previous):
-            older = (f'{previous}-{number}' for number in count(1))
-            os.rename(previous, next(path for path in older if not os.path.exists(path)))
+            os.rename(previous, first_free(previous))
         os.mkdir(previous)
         for path in paths:
             os.rename(path, os.path.join(previous, path.name))
@@ -325,6 +331,26 @@ class Progress:
         cells = min(20, width - len(text) - 1)
         bar = ('━' * round(cells * fraction)).ljust(cells, '╌')
         self.print_line(f'{bar} {text}'.strip()[:width], end='')
+
+
+def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
+    """Print where the results of a run are, and what to type next. saved_path: its last, or None.
+    """
+    if not stopping:
+        script = 'chat.py' if tokenizer.chat_template else 'sample.py'
+        script = os.path.relpath(os.path.join(os.path.dirname(os.path.realpath(__file__)), script))
+        command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
+        at_start = ' (before the first update)' * (not os.path.exists(f'{cfg.out_dir}/best.pt'))
+        progress.print_line(f'best val loss {run["best_val_loss"]:.4f}{at_start} after '
+                            f'{hms(run["seconds"])}, weights in {cfg.out_dir}\nnow: {command}')
+        return
+    result = 'nothing new to save'
+    if saved_path:
+        # It is in a folder stopped-N if out_dir still contains an earlier run.
+        is_own = saved_path == f'{cfg.out_dir}/ckpt.pt'
+        file = '' if is_own else f':{saved_path} and another --out_dir'
+        result = f'{saved_path} is saved: to resume, add --init_from=resume{file}'
+    progress.print_line(f'stopped at iteration {run["iter_num"]}; {result}')
 
 
 def discard_output():

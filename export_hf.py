@@ -116,11 +116,12 @@ def export(model, tokenizer, folder):
 
 def main(argv):
     cfg = override(ExportConfig(), argv, usage=__doc__)
+    cfg.to = os.path.expanduser(cfg.to).rstrip('/')
     if not cfg.to or os.path.lexists(cfg.to):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     parent = os.path.dirname(os.path.abspath(cfg.to))
     model, tokenizer = load_model(cfg.out_dir)
-    unfinished = f'{cfg.to}.{secrets.token_hex(4)}.tmp'
+    unfinished = f'{cfg.to}.{secrets.token_hex(16)}.tmp'
     with console.locked(parent), user_errors(OSError, f'cannot write {cfg.to}', 'choose another'):
         try:
             os.makedirs(unfinished)

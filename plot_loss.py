@@ -39,6 +39,7 @@ class PlotConfig:
 
     def __post_init__(self):
         check(self, x=X)
+        self.out = os.path.expanduser(self.out)
         if not self.out.lower().endswith(('.png', '.svg', '.pdf')):
             raise UsageError(f'out={self.out} must end in .png, .svg or .pdf')
 

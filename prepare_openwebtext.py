@@ -244,6 +244,7 @@ def results(cfg, pool, ahead, inputs, start, progress):
 
 def main(argv):
     cfg = override(OpenWebTextConfig(), argv, usage=__doc__)
+    cfg.input = os.path.expanduser(cfg.input)
     check_name(cfg.dataset)
     if not 0 < cfg.val_fraction < 1 or cfg.num_proc < 0:
         raise UsageError(f'val_fraction={cfg.val_fraction} must be above 0 and below 1, and '

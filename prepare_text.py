@@ -81,7 +81,7 @@ def files_of(inputs):
 def read_text(path, errors='strict'):
     """The text of a UTF-8 file, without a byte-order mark, its line ends made line feeds."""
     with user_errors(OSError, f'cannot read {path}', 'name text files, for example my.txt'):
-        data = Path(path).read_bytes()
+        data = Path(path).expanduser().read_bytes()
     kind = next((kind for sign, kind in FORMATS.items() if re.search(sign, data[:4096])), None)
     if kind:
         how = f'iconv -f {kind} -t UTF-8' if 'UTF' in kind else 'a program that saves it as text'
@@ -118,14 +118,14 @@ def read_meta(folder):
     return meta
 
 
-def write_meta(folder, tokenizer, source, sha256, tokens):
+def write_meta(folder, tokenizer, source, sha256, tokens, has_masks=False):
     """Write meta.json for the .bin files that come next; returns its contents.
 
     The old .bin files and masks are removed: a half-written dataset counts as missing.
     tokens: how many each split has, by its name.
     """
     meta = dict(tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, source=source,
-                sha256=sha256, tokens=tokens)
+                sha256=sha256, tokens=tokens, has_masks=has_masks)
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # a full disk must show before the old files are removed
@@ -193,7 +193,7 @@ def write_dataset(dataset, files, tokenizer, source, sha256):
         if min(tokens.values()) < 2:
             raise UserError(f'{source} gives {counts} tokens: each split needs two, so take a '
                             'longer text or other fractions')
-        meta = write_meta(folder, tokenizer, source, sha256, tokens)
+        meta = write_meta(folder, tokenizer, source, sha256, tokens, 'train.mask' in files)
     print(f'{folder}: {counts} tokens, {tokenizer.vocab_size:,} ids, from {source}')
     return meta
 

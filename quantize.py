@@ -36,7 +36,8 @@ class Int8(nn.Module):
         """Ids (B, T) to (B, T, in), as an embedding; else (..., in) to (..., out), linear."""
         if not x.is_floating_point():
             return self.rows[x] * self.scale[x, None]
-        if x.device.type == 'cpu' and x.numel() <= 16 * x.size(-1) and x.size(-1) % 32 == 0:
+        if (x.device.type == 'cpu' and x.numel() <= 16 * x.size(-1) and x.size(-1) % 32 == 0
+                and not torch.compiler.is_compiling()):
             # For up to 16 tokens most of the time is spent on reading the weight. This kernel
             # reads the rows as they are, in whole blocks of 32.
             flat = x.reshape(-1, x.size(-1)).bfloat16()

@@ -179,13 +179,15 @@ class Ranks:
                                 'it from the right machine to the others')
 
     def agree_on_file(self, path):
-        """Raise UserError unless the file `path` is the same on all ranks, or missing on all."""
+        """Whether the file `path` exists. Raises UserError unless all ranks have the same, or none.
+        """
         found = 'missing'
         if os.path.isfile(path):
             with open(path, 'rb') as file:  # a .pt ends with the check sums of its contents
                 file.seek(max(0, os.path.getsize(path) - (1 << 20)))
                 found = f'a file of digest {hashlib.sha256(file.read()).hexdigest()[:12]}'
         self.agree(path, found)
+        return found != 'missing'
 
     def from_main(self, value):
         """Rank 0's `value`, on all ranks."""

@@ -59,7 +59,7 @@ def read_prompt(start):
     if start.startswith('FILE:'):
         return read_text(start.removeprefix('FILE:'))
     if start == '-':
-        sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)
+        sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace', newline=None)
         return sys.stdin.read().removesuffix('\n')  # which echo adds
     return start
 
@@ -80,12 +80,14 @@ def write(cfg, model, tokenizer, ids, texts, generator):
         raise UserError(f'the id {max(ids)} of {tokenizer.decode([max(ids)])!r} is beyond the '
                         f"model's {model.config.vocab_size} rows of weights: leave it out")
     idx = torch.tensor([ids], device=generator.device).repeat(len(texts), 1)
-    for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                         generator, tokenizer.vocab_size):
-        new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
-        yield new[0]
-        if all(text.done for text in texts):
-            break
+    with user_errors(RuntimeError, 'the model gives no probabilities', 'use another checkpoint',
+                     lambda error: 'probability tensor' in str(error)):
+        for tokens in stream(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                             generator, tokenizer.vocab_size):
+            new = [text.add(token) for text, token in zip(texts, tokens.flatten().tolist())]
+            yield new[0]
+            if all(text.done for text in texts):
+                break
     yield [text.finish() for text in texts][0]
 
 

@@ -40,7 +40,7 @@ def resumed(cfg, tokenizer, ranks):
     UserError.
     """
     own = os.path.join(cfg.out_dir, 'ckpt.pt')
-    path = cfg.init_from.partition(':')[2] or own
+    path = os.path.expanduser(cfg.init_from.partition(':')[2]) or own
     ranks.agree_on_file(path)
     # If sharded, only rank 0 needs the tensors: mmap, so that the others don't read them.
     checkpoint = load_checkpoint(path, mmap=cfg.shard and not ranks.is_main)
@@ -48,8 +48,8 @@ def resumed(cfg, tokenizer, ranks):
         raise UserError(f'{path} was trained on other tokens than data/{cfg.dataset} has: prepare '
                         'it as before; or, to continue with other characters in a new run, add '
                         f'--init_from={path} and another --out_dir')
-    if path != own:  # a branch: it has no best.pt yet
-        checkpoint['best_val_loss'] = math.inf
+    if cfg.init_from != 'resume':  # a branch: it has no best.pt yet
+        checkpoint |= {'best_val_loss': math.inf, 'wandb_id': None}
     settings = checkpoint['config']  # a setting that is newer than the checkpoint: the command's
     cls, config = class_and_config(vars(cfg) | {'model': 'gpt'} | settings,
                                    checkpoint['model_args'])
@@ -85,9 +85,10 @@ def from_weights(cfg, tokenizer, ranks):
         weights['transformer.wpe.weight'] = wpe[: cfg.block_size]
     if not gives_same_ids(theirs, state):
         if not theirs['type'] == state['type'] == 'char' or cls is Bigram:
+            known = {'gpt2': 'gpt2', 'char': 'data/NAME, where NAME is its own dataset'}
             raise UserError(f'{cfg.init_from} was trained on {theirs["type"]} tokens, the dataset '
                             f'has other ({state["type"]}) ones: train from scratch, or prepare it '
-                            'with those: --tokenizer=gpt2, =FOLDER, or =data/NAME')
+                            f'with --tokenizer={known.get(theirs["type"], "FOLDER")}')
         adapt_alphabet(weights, cls, config, theirs['chars'], state['chars'])
         config.vocab_size = state['vocab_size']
     if state['vocab_size'] > config.vocab_size:

@@ -70,8 +70,9 @@ class CharTokenizer(Tokenizer):
         ids = self.ids[codes.clip(max=len(self.ids) - 1)]
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
-            raise UserError(f'the character {text[unknown[0]]!r} at position {unknown[0]} is not '
-                            f'among these: {self.chars[:200]!r}, so leave it out')
+            at = unknown[0]
+            raise UserError(f'the character {text[at]!r} in {text[max(0, at - 20) : at + 20]!r} is '
+                            f'not among these: {self.chars[:200]!r}, so leave it out')
         return ids.astype(np.uint16)
 
     def decode(self, ids):
@@ -128,12 +129,14 @@ class GPT2Tokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, whose text is `json`, read by the library tokenizers.
 
-    Special tokens in a text are recognized. files: its folder's other files, exported unchanged.
+    Special tokens in a text are recognized. files: its folder's other `FILES`, exported unchanged.
     """
 
     def __init__(self, json, eot=None, files=None):
         library = optional('tokenizers', '0.22')
-        self.json, self.eot, self.files = json, eot, files or {}
+        self.json, self.eot = json, eot
+        # By the known names alone: a checkpoint may be a stranger's, and these become paths.
+        self.files = {name: text for name, text in (files or {}).items() if name in FILES}
         with user_errors(Exception, 'the tokenizer.json is broken', 'get it again'):
             self.wrapped = library.Tokenizer.from_str(json)  # the library raises plain Exceptions
         self.wrapped.no_truncation()
@@ -239,9 +242,9 @@ def tokenizer_of(name):
     folder, is_folder = name, os.path.isdir(name)
     if name in OPENAI and not is_folder:
         return GPT2Tokenizer()
-    if not is_folder and not re.fullmatch(r'\w[\w.-]*/[\w.-]+', name):
-        raise UsageError(f'tokenizer {name!r} is not known: it must be char, gpt2, or a Hugging '
-                         'Face folder or name, like HuggingFaceTB/SmolLM2-135M')
+    if not is_folder and not re.fullmatch(r'(?!data/)\w[\w.-]*/[\w.-]+', name):
+        raise UsageError(f'tokenizer {name!r} is not known: it must be char, gpt2, data/NAME, or a '
+                         'Hugging Face folder or name, like HuggingFaceTB/SmolLM2-135M')
     with user_errors((OSError, ValueError, TypeError, ImportError),
                      f'cannot read the tokenizer {name}', 'connect, or choose another'):
         if not is_folder:

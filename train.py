@@ -10,7 +10,6 @@
 
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -238,7 +237,7 @@ def evaluate(model, splits, cfg, ranks, device, amp, stop, progress):
     return losses
 
 
-def measure_best_again(run, model, cfg, data, measure, progress):
+def measure_best_again(run, model, cfg, data, measure, ranks, progress):
     """Note in `run` how val is measured; if that has changed, measure best.pt again."""
     windows = cfg.eval_iters * cfg.batch_size
     measured_on = dict(sha256=data.sha256, tokens=data.splits['val'].tokens, windows=windows,
@@ -247,22 +246,26 @@ def measure_best_again(run, model, cfg, data, measure, progress):
     if run['measured_on'] == measured_on:
         return
     run |= {'measured_on': measured_on, 'best_val_loss': math.inf}
-    if cfg.init_from == 'resume' and os.path.exists(path):
+    if cfg.init_from == 'resume' and ranks.agree_on_file(path):
         current = {name: w.clone() for name, w in runtime.gather_weights(model).items()}
         runtime.load_weights(model, load_checkpoint(path)['model'])
-        run |= {'best_val_loss': measure(model, {'val': data.splits['val']}).get('val', math.inf)}
+        losses = measure(model, {'val': data.splits['val']})
         runtime.load_weights(model, current)
-        progress.print_line('the validation data, or the way to measure, have changed: now '
-                            f'{path} has a loss of {run["best_val_loss"]:.4f}')
+        if losses:  # else a signal came
+            run['best_val_loss'] = losses['val']
+            progress.print_line('the validation data, or the way to measure, have changed: now '
+                                f'{path} has a loss of {losses["val"]:.4f}')
 
 
-def sample_text(model, tokenizer, cfg, device, amp):
+def sample_text(model, tokenizer, cfg, ranks, device, amp):
     """A short sample of the current model, or its answer to sample_start, to print."""
-    encode = question_ids if tokenizer.chat_template else prompt_ids
+    encode, failure = question_ids if tokenizer.chat_template else prompt_ids, ''
     try:
         ids = encode(tokenizer, cfg.sample_start)
     except UserError as error:  # the alphabet lacks a character, or tiktoken's files are missing
-        return f'(no sample: {error})'
+        failure = f'(no sample: {error})'
+    if ranks.any(bool(failure)):  # perhaps of one machine; a sharded model needs all ranks
+        return failure or '(no sample: see the other processes)'
     generator, prompt = torch.Generator(device).manual_seed(cfg.seed), torch.tensor([ids])
     with amp:
         written = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
@@ -291,7 +294,8 @@ def train(cfg, catch_signals=False):
     progress = Progress(enabled=ranks.is_main)
     writes = ranks.is_main and not cfg.eval_only
     remedy = (f'lower --batch_size={cfg.batch_size} (with --gradient_accumulation_steps='
-              f'{micro_batches} raised to keep the update) or --block_size={cfg.block_size}')
+              f'{micro_batches} raised to keep the update), --block_size={cfg.block_size}, or the '
+              "model's size")
     with (
         console.locked(cfg.out_dir) if writes else nullcontext(),
         torch.accelerator.device_index(device.index),
@@ -323,9 +327,11 @@ def set_up(cfg, data, ranks, device, dtype, progress):
     progress.print_line(
         f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens, '
         f'{cfg.update_tokens:,} an update; {cfg.model} of {model.num_params():,} parameters on '
-        f'{device} in {str(dtype)[6:]}; results in {os.path.abspath(cfg.out_dir)}')
+        f'{device} in {str(dtype)[6:]}'
+        + f'; results in {os.path.abspath(cfg.out_dir)}' * (not cfg.eval_only))
     split = data.splits['train']
-    if split.mask is not None and (longer := sum(np.diff(split.borders) > cfg.block_size + 1)):
+    longer = 0 if split.mask is None else sum(np.diff(split.borders) > cfg.block_size + 1)
+    if longer and not cfg.eval_only:
         progress.print_line(f'{longer:,} conversations are longer than block_size={cfg.block_size}:'
                             ' only their beginnings are learned')
     return cfg, model, optimizers, scaler, run
@@ -343,7 +349,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             progress.print_line(f'{name}: loss {loss:.4f}, {loss / math.log(2):.4f} bits per token'
                                 f', perplexity {math.inf if loss > 700 else math.exp(loss):.5g}')
         return None
-    measure_best_again(run, raw, cfg, data, measure, progress)
+    measure_best_again(run, raw, cfg, data, measure, ranks, progress)
     splits = {name: data.splits[name] for name in ('val', 'train')}  # test: for eval_only
     batches = training_batches(splits['train'], cfg, ranks, device, run['iter_num'])
     model = runtime.wrap(raw, cfg, ranks, device, amp, splits['train'])
@@ -376,8 +382,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
             saved_path = save_run(cfg, ranks, raw, optimizers, scaler, data.tokenizer, run, log,
                                   improved, is_kept, is_evaluated=bool(losses))
         if losses:
-            if cfg.sample_tokens:
-                progress.print_line(sample_text(raw, data.tokenizer, cfg, device, amp))
+            if cfg.sample_tokens and math.isfinite(losses['val']):
+                progress.print_line(sample_text(raw, data.tokenizer, cfg, ranks, device, amp))
             eval_seconds = time.perf_counter() - before
         if is_last or stopping:
             break
@@ -413,32 +419,15 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: {cfg.out_dir}/ckpt.pt, if any, is good. Use a lower '
-                            '--learning_rate or --grad_clip, or --dtype=float32 (on CUDA: TF32)')
+                            f'iteration {it}: resume from a checkpoint in {cfg.out_dir} that is '
+                            'still good, with a lower --learning_rate or --grad_clip, or with '
+                            '--dtype=float32')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
     stop.received = stop.received or stopping * signal.SIGTERM  # if only another process got one
-    print_end(cfg, run, saved_path, stopping, data.tokenizer, progress)
+    console.print_end(cfg, run, saved_path, stopping, data.tokenizer, progress)
     return run['best_val_loss']
-
-
-def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
-    """Print where the results are, and what to type next. saved_path: of the last save, or None."""
-    if not stopping:
-        script = 'chat.py' if tokenizer.chat_template else 'sample.py'
-        script = os.path.relpath(os.path.join(os.path.dirname(os.path.realpath(__file__)), script))
-        command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
-        at_start = ' (before the first update)' * (not os.path.exists(f'{cfg.out_dir}/best.pt'))
-        progress.print_line(f'best val loss {run["best_val_loss"]:.4f}{at_start} after '
-                            f'{hms(run["seconds"])}, weights in {cfg.out_dir}\nnow: {command}')
-        return
-    result = 'nothing new to save'
-    if saved_path:
-        # It is stopped-N.pt if out_dir still contains the ckpt.pt of an earlier run.
-        file = '' if saved_path.endswith('ckpt.pt') else f':{saved_path} and another --out_dir'
-        result = f'{saved_path} is saved: to resume, add --init_from=resume{file}'
-    progress.print_line(f'stopped at iteration {run["iter_num"]}; {result}')
 
 
 def main(argv):

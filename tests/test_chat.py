@@ -592,6 +592,22 @@ def test_the_oldest_exchanges_are_dropped_never_the_question(taught, monkeypatch
     assert seen[-1] > seen[0]
 
 
+def test_a_question_that_cannot_be_answered_is_not_the_last_one(taught, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'What is 1?\nWhat is 2?\n')))
+    calls, stream = [], sample.stream
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise UserError('too many')
+        return stream(*args)
+
+    monkeypatch.setattr(sample, 'stream', failing)
+    chat.main(['--out_dir=out', '--max_new_tokens=9', '--device=cpu'])
+    out, err = capsys.readouterr()
+    assert err == '(too many)\n' and out.count('\n') == 1 and len(calls) == 2
+
+
 def test_closed_input_is_its_end(taught, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(SystemExit) as end:

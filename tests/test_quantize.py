@@ -75,3 +75,12 @@ def test_the_scale_of_a_row_loses_nothing_to_rounding():
     restored = layer.rows * layer.scale[:, None]
     gain = (restored * weight).sum(1) / weight.square().sum(1)
     assert (gain - 1).abs().mean() < 0.0004  # 0.0008 if the scale is rounded afterwards
+
+
+def test_a_compiled_model_does_without_the_kernel_for_int8(monkeypatch):
+    """torch.compile cannot lower it on a CPU."""
+    monkeypatch.setattr(torch, '_weight_int8pack_mm', lambda *_: pytest.fail('was called'))
+    layer = Int8(torch.randn(8, 32)).eval()
+    x = torch.randn(1, 32)
+    y = torch.compile(layer, backend='eager', fullgraph=True)(x)
+    assert torch.allclose(y, x @ layer.weight.T, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import io
 import json
 import os
 import re
@@ -14,18 +15,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    STORY, TINY, flags, forked, free_port, piped, rank_of, script, scripts_together, steps,
-    validation_loss,
+    STORY, TINY, flags, forked, free_port, gpt2_tokenizer, piped, rank_of, script,
+    scripts_together, steps, train_together, validation_loss,
 )
 from test_resume import assert_same_run, log_of, stop_at
 
 import console
+import prepare_chat
 import prepare_text
 import runtime
+import sample
 import train
 from checkpoint import load_checkpoint, load_model
 from configurator import override
 from console import UserError
+from tokenizer import tokenizer_from
 from train import TrainConfig
 
 RUN = TINY | dict(sample_tokens=0)
@@ -215,21 +219,22 @@ def test_a_missing_checkpoint_is_looked_for_in_previous_too(tiny):
 
 
 def test_an_accidental_restart_moves_no_other_run(tiny, capsys):
-    """It is stopped before its first evaluation; its state gets another file name."""
+    """It is stopped before its first evaluation: it gets a folder of its own."""
     run(out_dir='whole', seed=1, lr_decay_iters=6)
     run()
     before = contents('out')
-    cfg = TrainConfig(**RUN | dict(eval_interval=3, seed=1, lr_decay_iters=6))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 2, cfg)
-    out = capsys.readouterr().out
-    after = contents('out')
-    assert {name: after[name] for name in before} == before and not os.path.exists('out/previous')
-    (stopped,) = after.keys() - before.keys()
-    assert f'out/{stopped} is saved' in out and f'--init_from=resume:out/{stopped}' in out
-    run(init_from=f'resume:out/{stopped}', out_dir='new', seed=1, lr_decay_iters=6)
+    for number, seed in enumerate((1, 2), 1):
+        cfg = TrainConfig(**RUN | dict(eval_interval=3, seed=seed, lr_decay_iters=6))
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, 2, cfg)
+        stopped, out = f'out/stopped-{number}/ckpt.pt', capsys.readouterr().out
+        assert contents('out') == before and not os.path.exists('out/previous')
+        assert f'{stopped} is saved' in out and f'--init_from=resume:{stopped}' in out
+        assert load_checkpoint(stopped)['config']['seed'] == seed
+    run(init_from='resume:out/stopped-1/ckpt.pt', out_dir='new', seed=1, lr_decay_iters=6)
     ours, theirs = (load_checkpoint(f'{folder}/ckpt.pt')['model'] for folder in ('new', 'whole'))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [row['train_loss'] for row in rows('new')] == [row['train_loss'] for row in rows('whole')]
 
 
 def test_every_checkpoint_of_a_previous_run_is_moved(tiny):
@@ -513,7 +518,7 @@ def test_a_text_can_take_the_tokenizer_of_another_dataset(folder, capsys):
     cfg = RUN | dict(block_size=8)
     train.train(TrainConfig(**cfg | dict(dataset='a')))
     train.train(TrainConfig(**cfg | dict(dataset='b', init_from='resume', max_iters=8)))
-    with pytest.raises(UserError, match="'x' at position 2"):
+    with pytest.raises(UserError, match="'x' in 'baxba"):
         prepare_text.prepare('bax' * 50, 'c', 'data/a')
 
 
@@ -554,6 +559,7 @@ wandb_run_name = 'run of ' + datetime(2026, 1, 2).isoformat()
     for source, words in (('batch_size = np.arange(3)', 'must be a whole number'),
                           ('learning_rate = np.ones((2, 2))', 'must be a number'),
                           ('compile = np.zeros(2)', 'must be true or false'),
+                          ('import torch; beta1 = torch.zeros(2)', 'must be a number'),
                           ('helper = 3', 'a name of your own must begin with _'),
                           ('def half(x): return x / 2', 'a name of your own must begin with _')):
         (folder / 'b.py').write_text('import numpy as np\n' + source)
@@ -657,3 +663,182 @@ def test_a_kept_checkpoint_before_the_first_evaluation_replaces_no_other_runs(ti
     assert sorted(names) == ['best.pt', 'ckpt-2.pt', 'ckpt-4.pt', 'ckpt-6.pt', 'ckpt-8.pt',
                              'ckpt.pt']
     assert load_checkpoint('out/ckpt-2.pt')['config']['seed'] == 7
+
+
+# --- found by reviewing
+
+
+def test_a_checkpoint_cannot_name_files_to_write(folder):
+    pytest.importorskip('tokenizers')
+    from tokenizers import Tokenizer, models
+
+    text = Tokenizer(models.WordLevel({'a': 0}, unk_token='a')).to_str()
+    files = {'../x.txt': 'x', 'tokenizer_config.json': '{}'}
+    tokenizer = tokenizer_from({'type': 'huggingface', 'json': text, 'eot': None, 'files': files})
+    assert tokenizer.files.keys() == {'tokenizer_config.json'}
+
+
+def test_files_of_the_user_are_no_leftovers(tiny):
+    (tiny / 'notes.20241231.tmp').write_text('mine')
+    (tiny / 'x.0123456789abcdef0123456789abcdef.tmp').write_text('left by a killed process')
+    with console.locked('.'):
+        assert not list(tiny.glob('x.*')) and (tiny / 'notes.20241231.tmp').exists()
+
+
+def test_a_slip_while_a_file_is_written_is_no_full_disk(folder):
+    with pytest.raises(RuntimeError, match='mine'), console.atomic_file('a'):
+        raise RuntimeError('mine')
+    with pytest.raises(UserError, match='free some space'), console.atomic_file('a'):
+        raise RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0')
+    assert not list(folder.iterdir())
+
+
+def test_ranks_agree_that_there_is_no_sample(tiny, monkeypatch, capfd):
+    """A sharded model needs all ranks to write; one machine may lack tiktoken's files."""
+    def encode(tokenizer, text):
+        if os.environ['RANK'] == '1':
+            raise UserError('no files here')
+        return [1]
+
+    monkeypatch.setattr(train, 'prompt_ids', encode)
+    train_together(TrainConfig(**RUN | dict(sample_tokens=5, shard=True, max_iters=2)))
+    assert 'no sample: see the other processes' in capfd.readouterr().out
+
+
+def test_best_pt_must_be_on_all_machines_to_be_measured_again(tiny):
+    run()
+    for disk in ('disk0', 'disk1'):
+        os.mkdir(disk)
+        for name in ('data', 'out'):
+            shutil.copytree(name, f'{disk}/{name}')
+    os.remove('disk1/out/best.pt')
+    codes, out = resume_on_two(tiny, max_iters=9, eval_iters=3)
+    assert codes == [1, 1] and 'out/best.pt is missing' in out, out
+
+
+def test_a_branch_into_its_own_folder_has_the_best_of_what_it_does_itself(tiny, capsys):
+    worse = dict(learning_rate=3.0, decay_lr=False)
+    run(max_iters=3)
+    run(init_from='resume', max_iters=6, **worse)
+    run(init_from='resume:out/ckpt.pt', max_iters=9, **worse)
+    assert os.path.exists('out/best.pt') and os.path.exists('out/previous/best.pt')
+    assert 'before the first update' not in capsys.readouterr().out
+
+
+def test_a_crash_between_two_files_loses_neither(tiny, monkeypatch):
+    settings = dict(init_from='resume', keep_interval=5)
+    run(max_iters=4)
+    replace = os.replace
+
+    def crash(old, new):
+        if new == 'out/best.pt':
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(max_iters=5, **settings)
+    # Worse from here on, and no evaluation at 5, where it had been better.
+    run(max_iters=7, eval_interval=7, learning_rate=30.0, decay_lr=False, **settings)
+    best = load_checkpoint('out/best.pt')['best_val_loss']
+    assert load_checkpoint('out/ckpt.pt')['best_val_loss'] == best
+    assert os.path.exists('out/ckpt-5.pt')
+
+
+def test_a_diverged_model_has_no_sample_and_one_line(tiny, capsys):
+    run()
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    for name in checkpoint['model']:
+        if 'transformer.h.' in name:
+            checkpoint['model'][name] *= 1e12  # finite, but products of them are not
+    torch.save(checkpoint, 'diverged.pt')
+    with pytest.raises(UserError, match='no probabilities'):
+        sample.main(flags(init_from='diverged.pt', device='cpu', max_new_tokens=5))
+    capsys.readouterr()
+    run(init_from='diverged.pt', out_dir='b', sample_tokens=5, max_iters=1, learning_rate=0.0,
+        min_lr=0.0)
+    assert 'val loss nan' in capsys.readouterr().out
+
+
+def test_the_home_folder_can_be_written_short(tiny, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tiny))
+    run(out_dir='~/out', max_iters=1)
+    sample.main(flags(out_dir='~/out', device='cpu', max_new_tokens=5, num_samples=1))
+    run(init_from='~/out', out_dir='b', max_iters=1)
+    run(init_from='resume:~/out/ckpt.pt', out_dir='c', max_iters=2)
+    (tiny / 'a.txt').write_text('the lion ' * 99)
+    prepare_text.prepare(prepare_text.read_text('~/a.txt'), 'a')
+    assert not os.path.exists('~')
+
+
+def test_a_mask_that_was_forgotten_is_missed(folder):
+    (folder / 'a.jsonl').write_text(''.join(
+        json.dumps({'prompt': f'What is {i}?', 'response': str(i)}) + '\n' for i in range(40)))
+    prepare_chat.main(['a.jsonl', '--dataset=a'])
+    os.remove('data/a/train.mask')
+    with pytest.raises(UserError, match='cannot read data/a/train.mask'):
+        train.Dataset('a', runtime.Ranks())
+
+
+def test_a_lack_of_memory_is_no_damage(tiny, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("can't allocate memory: you tried to allocate 99 bytes")
+
+    run(max_iters=1)
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(RuntimeError, match='allocate'):
+        load_checkpoint('out')
+
+
+def test_bytes_that_are_not_utf8_can_be_a_prompt(tiny, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b'the\xff\n'))
+    monkeypatch.setattr(sys, 'stdin', typed)
+    assert sample.read_prompt('-') == 'the\ufffd'
+
+
+def test_an_evaluation_names_no_results(tiny, capsys):
+    run(max_iters=1)
+    capsys.readouterr()
+    run(init_from='out', eval_only=True)
+    assert 'results in' not in capsys.readouterr().out
+
+
+def test_a_signal_while_the_best_is_measured_again_is_no_loss(tiny, monkeypatch, capsys):
+    run(max_iters=3)
+    evaluate = train.evaluate
+
+    def interrupted(*args, stop, **kwargs):
+        stop.received = signal.SIGINT
+        return evaluate(*args, stop=stop, **kwargs)
+
+    monkeypatch.setattr(train, 'evaluate', interrupted)
+    with pytest.raises(SystemExit):
+        run(init_from='resume', eval_iters=3, max_iters=6)
+    assert 'loss of' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['tiny', 'bpe'])
+def test_weights_for_other_tokens_name_the_tokenizer_that_helps(tiny, name):
+    gpt2_tokenizer()
+    prepare_text.prepare(story(0, 20_000), 'bpe', 'gpt2')
+    run(dataset=name, max_iters=1)
+    other, remedy = {'tiny': ('bpe', 'data/NAME'), 'bpe': ('tiny', 'gpt2')}[name]
+    with pytest.raises(UserError, match=f'--tokenizer={remedy}'):
+        run(dataset=other, init_from='out', out_dir='b')
+
+
+def test_a_dataset_that_is_missing_is_not_looked_for_elsewhere(folder):
+    (folder / 'a.txt').write_text('the lion ' * 99)
+    with pytest.raises(UserError, match="'data/none' is not known"):
+        prepare_text.main(['a.txt', '--dataset=a', '--tokenizer=data/none'])
+
+
+def test_a_branch_is_another_run_of_wandb(tiny):
+    run(max_iters=3)
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    torch.save(checkpoint | {'wandb_id': 'abc'}, 'out/ckpt.pt')
+    run(init_from='resume:out/ckpt.pt', out_dir='b', max_iters=4)
+    assert load_checkpoint('b')['wandb_id'] is None
+    run(init_from='resume', max_iters=4)
+    assert load_checkpoint('out')['wandb_id'] == 'abc'
