@@ -79,7 +79,7 @@ def restore(checkpoint, run, optimizers, scaler):
         saved = saved or [checkpoint['optimizer'], *checkpoint.get('muon', [])]
         states = [runtime.fitting_state(*pair) for pair in zip(optimizers, saved, strict=True)]
     for optimizer, state in zip(optimizers, states):
-        optimizer.load_state_dict(state)
+        runtime.load_state(optimizer, state)
     if checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
     return {name: checkpoint[name] for name in run.keys() & checkpoint.keys()}

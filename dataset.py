@@ -35,7 +35,8 @@ class Split:
             with user_errors(OSError, f'cannot read {mask}', 'prepare the dataset again'):
                 self.mask = np.fromfile(mask, np.uint8)
             self.borders = np.append(np.flatnonzero(self.mask == 2), self.tokens)
-            if len(self.mask) != self.tokens or self.borders[0] or 1 not in self.mask:
+            fits = len(self.mask) == self.tokens and not self.borders[0] and self.mask.max() <= 2
+            if not fits or 1 not in self.mask:
                 raise UserError(f'{mask} does not fit {path}: prepare the dataset again')
         if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
             for start in range(0, self.tokens, 1 << 20):

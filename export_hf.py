@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import console
-from chat import TEMPLATE
+from chat import TEMPLATE, compiled
 from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError, optional, user_errors
@@ -84,7 +84,8 @@ def export(model, tokenizer, folder):
     fast = hugging_face_tokenizer(tokenizer)
     end = None if tokenizer.eot is None else fast.id_to_token(tokenizer.eot)
     # Where an answer is in a text; else transformers' server reads a qwen3's as Qwen writes them.
-    answer = {'defaults': {'role': 'assistant'}, 'start_anchor': 'assistant\n',
+    header = compiled(TEMPLATE)(messages=[], add_generation_prompt=True)  # 'assistant\n'
+    answer = {'defaults': {'role': 'assistant'}, 'start_anchor': header,
               'fields': {'content': {'close': end, 'content': 'text'}}}
     PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import console
-from chat import TEMPLATE, encode_chat
+from chat import TEMPLATE, compiled, encode_chat
 from configurator import override
 from console import Progress, UserError, user_errors
 from prepare_text import TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset
@@ -76,7 +76,9 @@ def main(argv):
     check_name(cfg.dataset)
     chats = read_conversations(inputs, cfg.errors)
     contents = [message['content'] for messages in chats for message in messages]
-    encoder = make_tokenizer(cfg.tokenizer, ['system user assistant\n', *contents])  # TEMPLATE's
+    headers = compiled(TEMPLATE)(eos_token='', messages=[
+        {'role': role, 'content': ''} for role in ('system', 'user', 'assistant')])
+    encoder = make_tokenizer(cfg.tokenizer, [headers, *contents])
     if isinstance(encoder, CharTokenizer):
         encoder = CharTokenizer(encoder.chars + END)
     if encoder.eot is None:

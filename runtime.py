@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from console import Progress, UsageError, UserError, user_errors
@@ -204,7 +205,7 @@ def wrap(raw, cfg, ranks, device, amp, split):
     """
     model = raw
     if cfg.recompute:  # a block's activations are computed again when its gradient needs them
-        for block in raw.blocks:
+        for block in dict.fromkeys(raw.blocks):  # each once, if some are the same
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if cfg.compile or (cfg.compile is None and device.type == 'cuda'):
         try:
@@ -231,6 +232,12 @@ def sync_gradients(model, sync):
         model.set_requires_gradient_sync(sync)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = sync
+
+
+def sync_buffers(model):
+    """Give all ranks rank 0's buffers, which a checkpoint contains."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
 
 
 # --- sharding
@@ -274,7 +281,7 @@ def spread(cls, config, whole, device, dtype):
     with torch.device('meta'):
         model = cls(config)
     model.rest = nn.ParameterList()  # the root takes only parameters with a name outside blocks
-    for block in model.blocks:
+    for block in dict.fromkeys(model.blocks):
         rest = [p for p in block.parameters() if p.dim() < 2]
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(rest))
         model.rest.extend(rest)
@@ -305,8 +312,10 @@ def load_weights(model, weights):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.reshard()  # the root is whole after an evaluation
+    names = dict([*model.named_parameters(), *model.named_buffers()])  # each by its first name
+    weights = {name: weight for name, weight in weights.items() if name in names}
     set_model_state_dict(model, weights, options=StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=True))
+        full_state_dict=True, broadcast_from_rank0=True, strict=False))
 
 
 def gather_weights(model):
@@ -344,8 +353,7 @@ def shard_like(tensor, p):
 def gather_state(optimizer):
     """An optimizer's state dict, each tensor as by `gather`."""
     state = optimizer.state_dict()
-    state['state'] = {number: {name: gather(value) for name, value in values.items()}
-                      for number, values in state['state'].items()}
+    state['state'] = tree_map(gather, state['state'])  # it may be nested
     return state
 
 
@@ -359,12 +367,23 @@ def fitting_state(optimizer, saved):
               in zip(optimizer.param_groups, saved['param_groups'], strict=True)]
     state = {}
     for number, values in saved['state'].items():
-        p, state[number] = params[number], dict(values)
+        p = params[number]
         if isinstance(optimizer, torch.optim.AdamW) and 'step' not in values:
             raise ValueError('a weight has no count of steps')
-        for name, value in values.items():
-            if getattr(value, 'shape', None) == p.shape:
-                state[number][name] = shard_like(value.contiguous(), p)  # for fused optimizers
-            elif name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer'):
+        for name in {'exp_avg', 'exp_avg_sq', 'momentum_buffer'} & values.keys():
+            if values[name].shape != p.shape:
                 raise ValueError(f'{name} does not have the shape of its weight, {p.shape}')
+        state[number] = tree_map(lambda value: shard_like(value.contiguous(), p)
+                                 if getattr(value, 'shape', None) == p.shape else value, values)
     return {'state': state, 'param_groups': groups}
+
+
+def load_state(optimizer, fitting):
+    """Load a state dict of `fitting_state`, whose dtypes torch alone would change to the weights'.
+    """
+    optimizer.load_state_dict(fitting)
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    for number, values in fitting['state'].items():
+        own = optimizer.state[params[number]]
+        own |= tree_map(lambda saved, loaded: saved.to(loaded.device) if torch.is_tensor(saved)
+                        and saved.dtype != loaded.dtype else loaded, values, dict(own))

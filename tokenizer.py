@@ -70,9 +70,10 @@ class CharTokenizer(Tokenizer):
         ids = self.ids[codes.clip(max=len(self.ids) - 1)]
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
-            at = unknown[0]
-            raise UserError(f'the character {text[at]!r} in {text[max(0, at - 20) : at + 20]!r} is '
-                            f'not among these: {self.chars[:200]!r}, so leave it out')
+            at, start = unknown[0], max(0, unknown[0] - 20)
+            raise UserError(f'the character {text[at]!r} at position {at - start} of '
+                            f'{text[start : at + 20]!r} is not among these: {self.chars[:200]!r}, '
+                            'so leave it out')
         return ids.astype(np.uint16)
 
     def decode(self, ids):

@@ -207,6 +207,7 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
             scaler.step(optimizer)
     scaler.update()
     model.zero_grad()
+    runtime.sync_buffers(model)
     return loss, norm, dict(zip([*means][1:], parts))  # the first one is the loss
 
 
@@ -419,9 +420,8 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 10:
             raise UserError(f'loss ({loss}) or gradient not finite ten times in a row, up to '
-                            f'iteration {it}: resume from a checkpoint in {cfg.out_dir} that is '
-                            'still good, with a lower --learning_rate or --grad_clip, or with '
-                            '--dtype=float32')
+                            f'iteration {it}: resume from a good checkpoint in {cfg.out_dir}, with '
+                            'a lower --learning_rate or --grad_clip, or with --dtype=float32')
 
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)

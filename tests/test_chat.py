@@ -217,6 +217,18 @@ def test_the_questions_about_oz_are_made_into_a_dataset_when_they_are_asked_for(
     assert np.diff(data.splits['train'].borders).max() <= 129
 
 
+def test_an_edited_template_brings_its_own_letters(folder, monkeypatch):
+    template = chat.TEMPLATE.replace("message.role + '\\n'", "'<' + message.role + '>'")
+    assert template != chat.TEMPLATE
+    monkeypatch.setattr(prepare_chat, 'TEMPLATE', template.replace("'assistant\\n'", "'<assistant>'"))
+    write('qa.jsonl', qa(20))
+    prepare_chat.main(['qa.jsonl', '--dataset=qa'])
+    data = Dataset('qa', Ranks())
+    text = data.tokenizer.decode(np.fromfile('data/qa/train.bin', '<u2'))
+    assert text.startswith('<user>What') and '␃<assistant>' in text
+    assert data.splits['train'].mask[0] == 2
+
+
 # --- files that belong together
 
 
@@ -277,8 +289,9 @@ def test_a_mask_that_does_not_fit_is_refused(asked, content):
 
 def test_a_mask_without_a_beginning_or_an_answer_is_refused(asked):
     size = os.path.getsize('data/qa/val.mask')
-    for content in (b'\1' * size, b'\2' + b'\0' * (size - 1), b'\0\2' + b'\1' * (size - 2)):
-        (asked / 'data/qa/val.mask').write_bytes(content)
+    for content in (b'\1' * size, b'\2' + b'\0' * (size - 1), b'\0\2' + b'\1' * (size - 2),
+                    b'\2' + b'\3\1' * (size // 2) + b'\1'):  # 3 is no value of a mask
+        (asked / 'data/qa/val.mask').write_bytes(content[:size])
         with pytest.raises(UserError, match='prepare the dataset again'):
             Split('data/qa/val.bin', 256)
 

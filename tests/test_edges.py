@@ -793,7 +793,7 @@ def test_a_prompt_can_have_line_breaks(tiny, capsys):
     assert written(capsys, '--start=the\nlion').startswith('the\nlion')
     assert written(capsys, r'--start=\n') == written(capsys)
     assert written(capsys, r'--start=\n\n').startswith('\n\n')
-    with pytest.raises(UserError, match=r"'\\\\' in 'the"):  # as it was typed
+    with pytest.raises(UserError, match=r"'\\\\' at position 3 of 'the"):  # as it was typed
         written(capsys, r'--start=the\nlion')
 
 

@@ -518,7 +518,7 @@ def test_a_text_can_take_the_tokenizer_of_another_dataset(folder, capsys):
     cfg = RUN | dict(block_size=8)
     train.train(TrainConfig(**cfg | dict(dataset='a')))
     train.train(TrainConfig(**cfg | dict(dataset='b', init_from='resume', max_iters=8)))
-    with pytest.raises(UserError, match="'x' in 'baxba"):
+    with pytest.raises(UserError, match="'x' at position 2 of 'baxba"):
         prepare_text.prepare('bax' * 50, 'c', 'data/a')
 
 

@@ -79,7 +79,7 @@ def test_ten_in_a_row_stop_the_run(tiny, monkeypatch):
     spoil(monkeypatch, range(2, 100), WAYS['nan'])
     with pytest.raises(UserError, match='ten times in a row, up to iteration 11') as error:
         train.train(TrainConfig(**RUN | dict(max_iters=100, eval_interval=2)))
-    for remedy in ('--learning_rate', '--dtype=float32', '--grad_clip', 'checkpoint in out '):
+    for remedy in ('--learning_rate', '--dtype=float32', '--grad_clip', 'checkpoint in out,'):
         assert remedy in str(error.value)
     assert '\n' not in str(error.value)
     checkpoint = load_checkpoint('out/ckpt.pt')

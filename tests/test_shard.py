@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, train_together
 
 import dataset
+import model as gpt
 import runtime
 import sample
 import train
@@ -237,3 +238,88 @@ def test_sync_gradients_reaches_a_compiled_model():
     for sync in (False, True):
         runtime.sync_gradients(torch.compile(model), sync)
         assert model.sync is sync
+
+
+# --- edits: what the source does not foresee, on one process and sharded
+
+
+class Odd(torch.optim.Optimizer):
+    """State of several dtypes, and nested."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group['params']):
+            if p not in self.state:
+                self.state[p] |= {
+                    'mean': torch.zeros_like(p, dtype=torch.bfloat16), 'steps': 0,
+                    'signs': torch.zeros_like(p, dtype=torch.int8),
+                    'deep': {'list': [torch.zeros_like(p)]}}
+            state = self.state[p]
+            state['mean'].lerp_(p.grad.bfloat16(), 0.1)
+            state['signs'] += p.grad.sign().to(torch.int8)
+            state['deep']['list'][0] += p.grad
+            state['steps'] += 1
+            p -= self.param_groups[0]['lr'] * (
+                state['mean'] + 1e-3 * state['signs'] + 1e-3 * state['deep']['list'][0])
+
+
+def state_of(folder):
+    return torch.load(f'{folder}/ckpt.pt', weights_only=True)['optimizers'][0]['state'][0]
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_any_state_of_an_optimizer_is_resumed_exactly(tiny, monkeypatch, processes):
+    monkeypatch.setitem(train.OPTIMIZERS, 'odd', lambda model, cfg, dtype: [
+        Odd(model.parameters(), cfg.learning_rate)])
+    settings = dict(optimizer='odd', shard=processes > 1)
+    run(processes, out_dir='whole', **settings)
+    run(processes, max_iters=3, **settings)
+    run(processes, init_from='resume', **settings)
+    ours, theirs = (load_checkpoint(f'{folder}/ckpt.pt')['model'] for folder in ('whole', 'out'))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    ours, theirs = state_of('whole'), state_of('out')
+    assert theirs['mean'].dtype == torch.bfloat16 and theirs['signs'].dtype == torch.int8
+    assert theirs['steps'] == 6
+    assert torch.equal(ours['deep']['list'][0], theirs['deep']['list'][0])
+
+
+def test_buffers_that_training_changes_are_rank_0s(tiny, monkeypatch):
+    init, forward = gpt.Block.__init__, gpt.Block.forward
+
+    def counting_init(block, config):
+        init(block, config)
+        block.register_buffer('mean', torch.zeros(config.n_embd))
+
+    def counting(block, x, cache=None):
+        if block.training:
+            with torch.no_grad():
+                block.mean.lerp_(x.mean((0, 1)), 0.1)
+        return forward(block, x - block.mean, cache)
+
+    monkeypatch.setattr(gpt.Block, '__init__', counting_init)
+    monkeypatch.setattr(gpt.Block, 'forward', counting)
+    run(2, out_dir='whole', shard=True)
+    run(2, max_iters=3, shard=True)
+    run(2, init_from='resume', shard=True)
+    ours, theirs = (load_checkpoint(f'{folder}/ckpt.pt')['model'] for folder in ('whole', 'out'))
+    assert ours['transformer.h.0.mean'].any()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_blocks_that_are_one_are_sharded_once(tiny, monkeypatch):
+    init = gpt.GPT.__init__
+
+    def shared(net, config):
+        init(net, config)
+        net.transformer.h[1] = net.transformer.h[0]
+
+    monkeypatch.setattr(gpt.GPT, '__init__', shared)
+    run(out_dir='whole', recompute=True)
+    run(2, out_dir='sharded', shard=True, recompute=True)
+    assert_near('whole', 'sharded')
+    run(2, out_dir='sharded', shard=True, init_from='resume', max_iters=8)
+    run(out_dir='whole', init_from='resume', max_iters=8)
+    assert_near('whole', 'sharded')
