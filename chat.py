@@ -23,8 +23,7 @@ from sample import SamplingConfig, load_to_sample, write
 from tokenizer import TextStream
 
 # A chat template, in Jinja as in Hugging Face folders, makes one text of a conversation. This one
-# is for tokenizers without: each message under its role, with the end-of-text token after it. A
-# dataset keeps the one it was made with: run prepare_chat.py again after an edit.
+# is for tokenizers without one; a dataset keeps it: after an edit, run prepare_chat.py again.
 TEMPLATE = (
     r"{% for message in messages %}"
     r"{{ message.role + '\n' + message.content | trim + eos_token }}"

@@ -12,7 +12,7 @@ import os
 import numpy as np
 import torch
 
-from console import UserError, user_errors
+from console import UserError
 from prepare_text import make_dataset, read_meta
 from tokenizer import tokenizer_from
 
@@ -20,7 +20,7 @@ from tokenizer import tokenizer_from
 class Split:
     """One .bin file, and its .mask if there is one."""
 
-    def __init__(self, path, vocab_size, tokens=None, has_mask=False):
+    def __init__(self, path, vocab_size, tokens=None):
         """tokens: how many ids the file should contain, or None. Raises UserError."""
         self.path, self.vocab_size = path, vocab_size
         size = os.path.getsize(path) if os.path.exists(path) else 0
@@ -31,12 +31,10 @@ class Split:
         self.file, self.tokens, self.mask = open(path, 'rb'), size // 2, None
         # The positions where conversations begin, and, last, the end. A text is like one of them.
         self.borders = np.array([0, self.tokens])
-        if os.path.exists(mask := path.removesuffix('bin') + 'mask') or has_mask:
-            with user_errors(OSError, f'cannot read {mask}', 'prepare the dataset again'):
-                self.mask = np.fromfile(mask, np.uint8)
+        if os.path.exists(mask := path.removesuffix('bin') + 'mask'):
+            self.mask = np.fromfile(mask, np.uint8)
             self.borders = np.append(np.flatnonzero(self.mask == 2), self.tokens)
-            fits = len(self.mask) == self.tokens and not self.borders[0] and self.mask.max() <= 2
-            if not fits or 1 not in self.mask:
+            if len(self.mask) != self.tokens or self.borders[0] or 1 not in self.mask:
                 raise UserError(f'{mask} does not fit {path}: prepare the dataset again')
         if size <= 64 << 20:  # small enough to check every id now; batches are checked anyway
             for start in range(0, self.tokens, 1 << 20):
@@ -165,8 +163,7 @@ class Dataset:
             path = os.path.join(folder, f'{split}.bin')
             if split != 'test' or os.path.exists(path):
                 tokens = meta.get('tokens', {}).get(split)
-                self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens,
-                                           meta.get('has_masks'))
+                self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens)
         # Identifies the data behind a validation loss. nanoGPT's datasets contain no sha256.
         self.sha256 = meta.get('sha256')
         if not self.sha256:

@@ -29,17 +29,15 @@ from prepare_text import TextConfig, check_name, fractions, make_tokenizer, read
 from tokenizer import END, CharTokenizer
 
 QUESTIONS = Path(__file__).with_name('data') / 'oz_questions.jsonl'
-# The names of question and answer in each form of a conversation.
-FORMS = ('prompt', 'response'), ('prompt', 'completion'), ('instruction', 'output')
 
 
 def messages_of(item):
     """The messages of a conversation in any form. Raises ValueError, KeyError or TypeError."""
-    for question, answer in FORMS:
-        if question in item and answer in item:
-            asked = [text for text in (item[question], item.get('input')) if text]
+    for ask, reply in ('prompt', 'response'), ('prompt', 'completion'), ('instruction', 'output'):
+        if ask in item and reply in item:
+            asked = [text for text in (item[ask], item.get('input')) if text]
             item = {'messages': [{'role': 'user', 'content': '\n\n'.join(asked)},
-                                 {'role': 'assistant', 'content': item[answer]}]}
+                                 {'role': 'assistant', 'content': item[reply]}]}
     messages = [{'role': m['role'], 'content': m['content'].strip()} for m in item['messages']]
     roles = ' '.join(message['role'] for message in messages)
     if not re.fullmatch('(system )?user assistant( user assistant)*', roles):

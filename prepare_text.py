@@ -118,14 +118,14 @@ def read_meta(folder):
     return meta
 
 
-def write_meta(folder, tokenizer, source, sha256, tokens, has_masks=False):
+def write_meta(folder, tokenizer, source, sha256, tokens):
     """Write meta.json for the .bin files that come next; returns its contents.
 
     The old .bin files and masks are removed: a half-written dataset counts as missing.
     tokens: how many each split has, by its name.
     """
     meta = dict(tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, source=source,
-                sha256=sha256, tokens=tokens, has_masks=has_masks)
+                sha256=sha256, tokens=tokens)
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # a full disk must show before the old files are removed
@@ -193,7 +193,7 @@ def write_dataset(dataset, files, tokenizer, source, sha256):
         if min(tokens.values()) < 2:
             raise UserError(f'{source} gives {counts} tokens: each split needs two, so take a '
                             'longer text or other fractions')
-        meta = write_meta(folder, tokenizer, source, sha256, tokens, 'train.mask' in files)
+        meta = write_meta(folder, tokenizer, source, sha256, tokens)
     print(f'{folder}: {counts} tokens, {tokenizer.vocab_size:,} ids, from {source}')
     return meta
 

@@ -21,7 +21,6 @@ from conftest import (
 from test_resume import assert_same_run, log_of, stop_at
 
 import console
-import prepare_chat
 import prepare_text
 import runtime
 import sample
@@ -770,15 +769,6 @@ def test_the_home_folder_can_be_written_short(tiny, monkeypatch, capsys):
     (tiny / 'a.txt').write_text('the lion ' * 99)
     prepare_text.prepare(prepare_text.read_text('~/a.txt'), 'a')
     assert not os.path.exists('~')
-
-
-def test_a_mask_that_was_forgotten_is_missed(folder):
-    (folder / 'a.jsonl').write_text(''.join(
-        json.dumps({'prompt': f'What is {i}?', 'response': str(i)}) + '\n' for i in range(40)))
-    prepare_chat.main(['a.jsonl', '--dataset=a'])
-    os.remove('data/a/train.mask')
-    with pytest.raises(UserError, match='cannot read data/a/train.mask'):
-        train.Dataset('a', runtime.Ranks())
 
 
 def test_a_lack_of_memory_is_no_damage(tiny, monkeypatch):
