@@ -113,7 +113,8 @@ def load_checkpoint(path, mmap=False):
         }
         if checkpoint['iter_num'] < 0:
             raise ValueError(f'iter_num={checkpoint["iter_num"]}')
-    with user_errors((ValueError, KeyError, TypeError), f'{path} fits no model', 'use another'):
+    with user_errors((ValueError, KeyError, TypeError), f'{path} fits no model',
+                     'use another checkpoint'):
         class_and_config(checkpoint['config'], checkpoint['model_args'])
     if not checkpoint.get('tokenizer'):  # nanoGPT keeps it with the dataset, except for GPT-2's
         folder = os.path.join('data', str(checkpoint['config'].get('dataset')))

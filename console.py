@@ -334,8 +334,7 @@ class Progress:
 
 
 def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
-    """Print where the results of a run are, and what to type next. saved_path: its last, or None.
-    """
+    """Print where the results are, and what to type next. saved_path: of the last save, or None."""
     if not stopping:
         script = 'chat.py' if tokenizer.chat_template else 'sample.py'
         script = os.path.relpath(os.path.join(os.path.dirname(os.path.realpath(__file__)), script))

@@ -180,8 +180,7 @@ class Ranks:
                                 'it from the right machine to the others')
 
     def agree_on_file(self, path):
-        """Whether the file `path` exists. Raises UserError unless all ranks have the same, or none.
-        """
+        """Whether the file `path` exists. Raises UserError unless it is the same on all ranks."""
         found = 'missing'
         if os.path.isfile(path):
             with open(path, 'rb') as file:  # a .pt ends with the check sums of its contents
@@ -379,8 +378,7 @@ def fitting_state(optimizer, saved):
 
 
 def load_state(optimizer, fitting):
-    """Load a state dict of `fitting_state`, whose dtypes torch alone would change to the weights'.
-    """
+    """Load what `fitting_state` returned; torch alone would change its dtypes to the weights'."""
     optimizer.load_state_dict(fitting)
     params = [p for group in optimizer.param_groups for p in group['params']]
     for number, values in fitting['state'].items():

@@ -266,7 +266,7 @@ def sample_text(model, tokenizer, cfg, ranks, device, amp):
     except UserError as error:  # the alphabet lacks a character, or tiktoken's files are missing
         failure = f'(no sample: {error})'
     if ranks.any(bool(failure)):  # perhaps of one machine; a sharded model needs all ranks
-        return failure or '(no sample: see the other processes)'
+        return failure or '(no sample: another process cannot encode sample_start)'
     generator, prompt = torch.Generator(device).manual_seed(cfg.seed), torch.tensor([ids])
     with amp:
         written = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
