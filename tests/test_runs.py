@@ -28,7 +28,6 @@ import train
 from checkpoint import load_checkpoint, load_model
 from configurator import override
 from console import UserError
-from tokenizer import tokenizer_from
 from train import TrainConfig
 
 RUN = TINY | dict(sample_tokens=0)
@@ -665,16 +664,6 @@ def test_a_kept_checkpoint_before_the_first_evaluation_replaces_no_other_runs(ti
 
 
 # --- found by reviewing
-
-
-def test_a_checkpoint_cannot_name_files_to_write(folder):
-    pytest.importorskip('tokenizers')
-    from tokenizers import Tokenizer, models
-
-    text = Tokenizer(models.WordLevel({'a': 0}, unk_token='a')).to_str()
-    files = {'../x.txt': 'x', 'tokenizer_config.json': '{}'}
-    tokenizer = tokenizer_from({'type': 'huggingface', 'json': text, 'eot': None, 'files': files})
-    assert tokenizer.files.keys() == {'tokenizer_config.json'}
 
 
 def test_files_of_the_user_are_no_leftovers(tiny):

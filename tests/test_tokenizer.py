@@ -299,3 +299,13 @@ def test_the_ids_to_begin_with(folder, gpt2):
     assert prompt_ids(tokenizer_of('hf'), '') == [tokenizer_of('hf').eot]
     with pytest.raises(UsageError):
         prompt_ids(tokenizer_of('endless'), '')
+
+
+def test_a_checkpoint_cannot_name_files_to_write():
+    pytest.importorskip('tokenizers')
+    from tokenizers import Tokenizer, models
+
+    text = Tokenizer(models.WordLevel({'a': 0}, unk_token='a')).to_str()
+    files = {'../x.txt': 'x', 'tokenizer_config.json': '{}'}
+    tokenizer = tokenizer_from({'type': 'huggingface', 'json': text, 'eot': None, 'files': files})
+    assert tokenizer.files.keys() == {'tokenizer_config.json'}
