@@ -22,8 +22,8 @@ from console import UserError, user_errors
 from sample import SamplingConfig, load_to_sample, write
 from tokenizer import TextStream
 
-# A chat template, in Jinja as in Hugging Face folders, makes one text of a conversation. This one
-# is for tokenizers without one; a dataset keeps it: after an edit, run prepare_chat.py again.
+# A chat template, in Jinja, for tokenizers that have none: each message under its role, with the
+# end-of-text token after it. A dataset keeps it: after an edit, run prepare_chat.py again.
 TEMPLATE = (
     r"{% for message in messages %}"
     r"{{ message.role + '\n' + message.content | trim + eos_token }}"
@@ -107,7 +107,8 @@ def questions(in_terminal):
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input('> ' if in_terminal else '').strip()
-    print(end='\n' * in_terminal)  # the shell's prompt has a line of its own
+    if in_terminal:
+        print()  # the shell's prompt has a line of its own
 
 
 @runtime.out_of_memory('use --quantize=int8')

@@ -44,6 +44,8 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
     }
     states = [runtime.gather_state(optimizer) for optimizer in optimizers]
     state = best | {'optimizer': states[0], 'optimizers': states, 'scaler': scaler.state_dict()}
+    others = {'best.pt': best} if improved else {}
+    others |= {f'ckpt-{it}.pt': state} if is_kept else {}
     is_first = log.columns is None  # the log is not open yet
     if is_first and log.is_new and not (is_evaluated or is_kept) and files_of_run(cfg.out_dir):
         # Stopped before its first evaluation, perhaps a mistake: the previous run stays in place.
@@ -58,11 +60,9 @@ def save_run(cfg, ranks, model, optimizers, scaler, tokenizer, run, log, improve
                     console.move_previous_run(cfg.out_dir)
                 log.open()
             # Before ckpt.pt gets its name: after a crash in between, a resumed run repeats these.
-            kept = f'ckpt-{it}.pt'
-            for name, content, is_due in ('best.pt', best, improved), (kept, state, is_kept):
-                if is_due:
-                    with atomic_file(f'{cfg.out_dir}/{name}') as other:
-                        torch.save(content, other)
+            for name, content in others.items():
+                with atomic_file(f'{cfg.out_dir}/{name}') as other:
+                    torch.save(content, other)
     ranks.wait()  # rank 0 is still writing; torchrun would end it if the others left
     return path
 

@@ -337,7 +337,7 @@ def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
     """Print where the results are, and what to type next. saved_path: of the last save, or None."""
     if not stopping:
         script = 'chat.py' if tokenizer.chat_template else 'sample.py'
-        script = os.path.relpath(os.path.join(os.path.dirname(os.path.realpath(__file__)), script))
+        script = os.path.relpath(Path(__file__).resolve().with_name(script))
         command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
         at_start = ' (before the first update)' * (not os.path.exists(f'{cfg.out_dir}/best.pt'))
         progress.print_line(f'best val loss {run["best_val_loss"]:.4f}{at_start} after '

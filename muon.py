@@ -22,11 +22,6 @@ POLYNOMIALS = (
 )
 
 
-def is_matrix(p):
-    """Whether a weight is a matrix, or several: not a bias, a norm, or a number for each head."""
-    return p.dim() >= 2 and min(p.shape[-2:]) > 1
-
-
 def orthogonal(x, steps):
     """(N, rows, columns), rows <= columns, to the same shape, singular values brought near 1.
 

@@ -233,6 +233,11 @@ def sync_gradients(model, sync):
         model.require_backward_grad_sync = sync
 
 
+def is_matrix(p):
+    """Whether a weight is a matrix, or several: not a bias, a norm, or a number for each head."""
+    return p.dim() >= 2 and min(p.shape[-2:]) > 1
+
+
 def sync_buffers(model):
     """Give all ranks rank 0's buffers, which a checkpoint contains."""
     for buffer in model.buffers() if dist.is_initialized() else ():
@@ -281,7 +286,7 @@ def spread(cls, config, whole, device, dtype):
         model = cls(config)
     model.rest = nn.ParameterList()  # the root takes only parameters with a name outside blocks
     for block in dict.fromkeys(model.blocks):
-        rest = [p for p in block.parameters() if p.dim() < 2]
+        rest = [p for p in block.parameters() if not is_matrix(p)]
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(rest))
         model.rest.extend(rest)
     fully_shard(model, mesh=mesh)
@@ -311,7 +316,7 @@ def load_weights(model, weights):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.reshard()  # the root is whole after an evaluation
-    names = dict([*model.named_parameters(), *model.named_buffers()])  # each by its first name
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # first ones
     weights = {name: weight for name, weight in weights.items() if name in names}
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True, strict=False))

@@ -105,12 +105,12 @@ def adapt_alphabet(weights, cls, config, theirs, ours):
     old = torch.tensor([theirs.find(char) for char in ours])  # -1: a new one
     with torch.device('meta'):  # shapes alone: one more character shows which have rows for them
         larger = cls(replace(config, vocab_size=config.vocab_size + 1)).state_dict()
-    for key in [key for key in weights if weights[key].shape[:1] != larger[key].shape[:1]]:
-        weights[key] = weights[key][old]
-        # The same seed for all: an embedding and its head may be tied.
-        new_rows = torch.normal(0, 0.02, weights[key].shape,
-                                generator=torch.Generator().manual_seed(0))
-        weights[key][old < 0] = new_rows[old < 0]
+    for name, weight in weights.items():
+        if weight.shape[:1] != larger[name].shape[:1]:
+            weights[name] = rows = weight[old]
+            # The same seed for all: an embedding and its head may be tied.
+            generator = torch.Generator().manual_seed(0)
+            rows[old < 0] = torch.normal(0, 0.02, rows.shape, generator=generator)[old < 0]
 
 
 def starting_point(cfg, tokenizer, ranks, device, dtype, progress):

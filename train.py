@@ -32,8 +32,8 @@ from console import Log, Progress, UsageError, UserError, hms
 from dataset import Dataset, evaluation_batches, training_batches
 from llama import MODELS
 from model import MODEL_SIZES
-from muon import Muon, is_matrix
-from runtime import Ranks
+from muon import Muon
+from runtime import Ranks, is_matrix
 from start import starting_point
 from tokenizer import prompt_ids
 
@@ -201,14 +201,14 @@ def update(model, batches, cfg, optimizers, scaler, amp, ranks):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     norm = runtime.gather(norm)  # the same on all ranks, and so is its mean
     averaged = ranks.sum(torch.stack([*means.values(), norm])) / ranks.world_size
-    loss, *parts, norm = averaged.tolist()  # here the host waits for the GPU
+    loss, *part_means, norm = averaged.tolist()  # here the host waits for the GPU
     if math.isfinite(loss + norm):  # else skip the update: a bad batch must not spoil the weights
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
     model.zero_grad()
     runtime.sync_buffers(model)
-    return loss, norm, dict(zip([*means][1:], parts))  # the first one is the loss
+    return loss, norm, dict(zip([*means][1:], part_means))  # the first one is the loss
 
 
 @torch.no_grad()
@@ -260,7 +260,8 @@ def measure_best_again(run, model, cfg, data, measure, ranks, progress):
 
 def sample_text(model, tokenizer, cfg, ranks, device, amp):
     """A short sample of the current model, or its answer to sample_start, to print."""
-    encode, failure = question_ids if tokenizer.chat_template else prompt_ids, ''
+    encode = question_ids if tokenizer.chat_template else prompt_ids
+    failure = ''
     try:
         ids = encode(tokenizer, cfg.sample_start)
     except UserError as error:  # the alphabet lacks a character, or tiktoken's files are missing
@@ -331,7 +332,7 @@ def set_up(cfg, data, ranks, device, dtype, progress):
         f'{device} in {str(dtype)[6:]}'
         + f'; results in {os.path.abspath(cfg.out_dir)}' * (not cfg.eval_only))
     split = data.splits['train']
-    longer = 0 if split.mask is None else sum(np.diff(split.borders) > cfg.block_size + 1)
+    longer = 0 if split.mask is None else (np.diff(split.borders) > cfg.block_size + 1).sum()
     if longer and not cfg.eval_only:
         progress.print_line(f'{longer:,} conversations are longer than block_size={cfg.block_size}:'
                             ' only their beginnings are learned')

@@ -232,7 +232,8 @@ TABLE = {
                                   another_checkpoint(model_args={'width': 3})),
     'no tokenizer anywhere': (SAMPLE, ['tokenizer', 'prepare'], another_checkpoint(
         tokenizer=None, config={'dataset': 'gone'})),
-    'unknown character': ([*SAMPLE, '--start=Doë'], ["'ë' at position 2 of 'Doë'"], trained(), REAL),
+    'unknown character': (
+        [*SAMPLE, '--start=Doë'], ["'ë' at position 2 of 'Doë'"], trained(), REAL),
     'empty prompt': ([*SAMPLE, '--start='], ['prompt is empty', '--start'], trained()),
     'no prompt file': ([*SAMPLE, '--start=FILE:none.txt'], ['none.txt'], trained()),
     'negative temperature': ([*SAMPLE, '--temperature=-1'],

@@ -220,7 +220,8 @@ def test_the_questions_about_oz_are_made_into_a_dataset_when_they_are_asked_for(
 def test_an_edited_template_brings_its_own_letters(folder, monkeypatch):
     template = chat.TEMPLATE.replace("message.role + '\\n'", "'<' + message.role + '>'")
     assert template != chat.TEMPLATE
-    monkeypatch.setattr(prepare_chat, 'TEMPLATE', template.replace("'assistant\\n'", "'<assistant>'"))
+    template = template.replace("'assistant\\n'", "'<assistant>'")
+    monkeypatch.setattr(prepare_chat, 'TEMPLATE', template)
     write('qa.jsonl', qa(20))
     prepare_chat.main(['qa.jsonl', '--dataset=qa'])
     data = Dataset('qa', Ranks())
@@ -336,6 +337,7 @@ def test_a_window_of_a_long_conversation_is_a_part_of_it(folder):
             assert conversations <= 1 or not re.search('W{9}|n{9}', x)
             counts += len(y.replace('.', ''))
     assert counts == sum((split.mask == 1).sum() for split in data.splits.values())
+    assert sum((np.diff(split.borders) > 51).sum() for split in data.splits.values()) == 2
 
 
 def test_long_conversations_are_reported(folder, capsys):
