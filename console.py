@@ -109,13 +109,18 @@ def flush_to_disk(file):
     os.fsync(file.fileno())
 
 
+def unfinished(path):
+    """A name for what becomes `path`; if its process is killed, `locked` removes it."""
+    return f'{path}.{secrets.token_hex(16)}.tmp'
+
+
 @contextlib.contextmanager
 def atomic_file(path):
     """Context manager: a binary file that replaces `path` when it is whole and on disk.
 
     Raises UserError if it can't be written; then `path` stays as it was.
     """
-    temporary, folder = f'{path}.{secrets.token_hex(16)}.tmp', os.path.dirname(path) or '.'
+    temporary, folder = unfinished(path), os.path.dirname(path) or '.'
     try:
         with user_errors((OSError, RuntimeError), f'cannot write {path}', 'free some space or '
                          'choose another folder; the file from before is untouched', lambda error:

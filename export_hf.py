@@ -9,7 +9,6 @@ program that loads such folders (transformers, vLLM, ...) can load this one; so 
 
 import json
 import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +121,7 @@ def main(argv):
         raise UsageError(f'--to={cfg.to} must name a folder that is not there yet')
     parent = os.path.dirname(os.path.abspath(cfg.to))
     model, tokenizer = load_model(cfg.out_dir)
-    unfinished = f'{cfg.to}.{secrets.token_hex(16)}.tmp'
+    unfinished = console.unfinished(cfg.to)
     with console.locked(parent), user_errors(OSError, f'cannot write {cfg.to}', 'choose another'):
         try:
             os.makedirs(unfinished)
