@@ -117,7 +117,7 @@ def main(argv):
     cfg = override(ChatConfig(), argv, usage=__doc__)
     runtime.set_speed_options()
     model, tokenizer, generator, amp = load_to_sample(cfg)
-    if not tokenizer.chat_template or tokenizer.eot is None:
+    if not tokenizer.chat_template:
         raise UserError(f'this {type(model).__name__} was not trained on conversations: use '
                         'sample.py, or train it on what prepare_chat.py made')
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
@@ -130,10 +130,9 @@ def main(argv):
             history = []
             continue
         try:
-            ids = question_ids(tokenizer, question, system + history)
-            while history and len(ids) > longest:
+            while (len(ids := question_ids(tokenizer, question, system + history)) > longest
+                   and history):
                 history = history[2:]  # forget the oldest question and its answer
-                ids = question_ids(tokenizer, question, system + history)
             if len(ids) >= block_size:
                 raise UserError(f'{len(ids)} tokens are too many for a context of {block_size}: '
                                 'ask less at once')

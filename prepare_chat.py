@@ -73,10 +73,8 @@ def main(argv):
     cfg = override(TextConfig(), [arg for arg in argv if arg.startswith('-')], usage=__doc__)
     check_name(cfg.dataset)
     chats = read_conversations(inputs, cfg.errors)
-    contents = [message['content'] for messages in chats for message in messages]
-    headers = compiled(TEMPLATE)(eos_token='', messages=[
-        {'role': role, 'content': ''} for role in ('system', 'user', 'assistant')])
-    encoder = make_tokenizer(cfg.tokenizer, [headers, *contents])
+    texts = (compiled(TEMPLATE)(messages=messages, eos_token=END) for messages in chats)
+    encoder = make_tokenizer(cfg.tokenizer, texts)
     if isinstance(encoder, CharTokenizer):
         encoder = CharTokenizer(encoder.chars + END)
     if encoder.eot is None:

@@ -51,7 +51,7 @@ class TextConfig:
     tokenizer: str = 'char'  # char; gpt2; a Hugging Face folder or name; a dataset: data/NAME
     val_fraction: float = 0.1  # fraction of the text to validate on
     test_fraction: float = 0.0  # fraction for a final test; the end of the text
-    separate: bool = True  # put the end-of-text token between files; false: a line break
+    separate: bool = True  # between text files: the end-of-text token; false: a line break
     errors: str = 'strict'  # strict: refuse bytes that are not UTF-8; replace: U+FFFD
 
     def __post_init__(self):

@@ -273,7 +273,8 @@ def tokenizer_of(name):
     match ends:
         case {'bos_token': str(token) | {'content': str(token)}} if 'bos_token' in (template or ''):
             template = f'{{% set bos_token = {token!r} %}}{template}'
-    tokenizer.chat_template = template if isinstance(template, str) else None  # some have several
+    if isinstance(template, str) and tokenizer.eot is not None:  # some have several templates
+        tokenizer.chat_template = template
     return tokenizer
 
 

@@ -65,10 +65,15 @@ def asked(folder):
     return folder
 
 
+def teach():
+    """A short run on the dataset `qa`, in the folder out."""
+    train.train(train.TrainConfig(**CHAT | dict(max_iters=30, eval_interval=30)))
+
+
 @pytest.fixture
 def taught(asked):
-    """A short run on these questions, in the folder out."""
-    train.train(train.TrainConfig(**CHAT | dict(max_iters=30, eval_interval=30)))
+    """These questions, taught."""
+    teach()
     return asked
 
 
@@ -580,7 +585,11 @@ def test_a_terminal(taught, end):
     assert len(answers) == 2 and answers[0] == answers[1] and '␃' not in answers[0]
 
 
-def test_the_oldest_exchanges_are_dropped_never_the_question(taught, monkeypatch, capsys):
+def test_the_oldest_exchanges_are_dropped_never_the_question(folder, monkeypatch, capsys):
+    write('qa.jsonl', [{'messages': [{'role': 'system', 'content': 'What'}, user(item['prompt']),
+                                     assistant(item['response'])]} for item in qa(40)])
+    prepare_chat.main(['qa.jsonl', '--dataset=qa'])
+    teach()
     asked, encode = [], chat.question_ids
 
     def watched(tokenizer, question, history=()):

@@ -7,14 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import TINY
 
+import prepare_text
+import train
 from console import UsageError, UserError
 from export_hf import hugging_face_tokenizer
-from tokenizer import TextStream
 from tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     HuggingFaceTokenizer,
+    TextStream,
     prompt_ids,
     tokenizer_from,
     tokenizer_of,
@@ -195,6 +198,15 @@ def test_ids_beyond_16_bits(folder):
 def test_the_end_of_text_of_a_hugging_face_folder(folder, files, eot):
     make_folder('hf', **files)
     assert tokenizer_of('hf').eot == eot and tokenizer_of('hf').state()['eot'] == eot
+
+
+def test_a_template_without_a_token_that_ends_messages_is_not_used(folder):
+    make_folder('hf', tokenizer_config={'chat_template': '{{ messages[0].content }}'}, eos=None)
+    assert tokenizer_of('hf').chat_template is None
+    text = 'the lion walked on\n' * 200
+    prepare_text.prepare(text, 'lion', tokenizer='hf')
+    train.train(train.TrainConfig(**TINY | dict(dataset='lion', max_iters=2, sample_tokens=4)))
+    assert os.path.exists('out/ckpt.pt')
 
 
 def test_only_gpt2s_vocabulary_is_taken_for_gpt2(folder, gpt2):
