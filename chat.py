@@ -10,7 +10,7 @@ An empty line begins a new conversation; it has no answer, and nor has a questio
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -23,12 +23,10 @@ from sample import SamplingConfig, load_to_sample, write
 from tokenizer import TextStream
 
 # A chat template, in Jinja, for tokenizers that have none: each message under its role, with the
-# end-of-text token after it. A dataset keeps it: after an edit, run prepare_chat.py again.
-TEMPLATE = (
-    r"{% for message in messages %}"
-    r"{{ message.role + '\n' + message.content | trim + eos_token }}"
-    r"{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
-)
+# end-of-text token after it. Each dataset stores its own: after an edit, run prepare_chat.py again.
+TEMPLATE = (r"{% for message in messages %}"
+            r"{{ message.role + '\n' + message.content | trim + eos_token }}"
+            r"{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
 
 
 @dataclass
@@ -44,27 +42,28 @@ def compiled(template):
     def refuse(message):
         raise ValueError(message)
 
-    environment = ImmutableSandboxedEnvironment(  # as transformers sets it up
+    environment = ImmutableSandboxedEnvironment(  # as transformers', without its dates and tojson
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
     environment.globals['raise_exception'] = refuse
-    template = re.sub(r'{%-?\s*(end)?generation\s*-?%}', '', template)  # transformers' own tags
+    # transformers' own tags, as comments
+    template = re.sub(r'{%(-?)\s*(?:end)?generation\s*(-?)%}', r'{#\1 \2#}', template)
     return environment.from_string(template).render
 
 
 def render(tokenizer, messages):
-    """One text of a conversation; after a question, with the header of an answer. Raises UserError.
+    """A conversation as one text; if it ends with a question, the header of an answer follows.
 
-    messages: dicts with `role` (system, user or assistant) and `content`.
+    messages: dicts with `role` (system, user or assistant) and `content`. Raises UserError.
     """
     from jinja2 import TemplateError
 
     end = tokenizer.decode([tokenizer.eot])
-    if any(end in message['content'] for message in messages):
-        raise UserError(f'a message contains {end!r}, which ends messages: leave it out')
+    if marked := [message['content'] for message in messages if end in message['content']]:
+        raise UserError(f'{marked[0][:80]!r} contains {end!r}, which ends messages: leave it out')
     with user_errors((TemplateError, ValueError, TypeError), 'the chat template refuses '
                      f'{str(messages)[:80]}', 'change the roles or their order'):
         return compiled(tokenizer.chat_template)(
-            messages=messages, eos_token=end,
+            messages=messages, eos_token=end, tools=None, documents=None,
             add_generation_prompt=messages[-1]['role'] != 'assistant')
 
 
@@ -78,14 +77,14 @@ def encode_chat(tokenizer, messages):
     ids = np.array(tokenizer.encode_special(text), int)
     learned, end = np.zeros(len(ids), bool), 0
     for i, message in enumerate(messages, 1):
-        if message['role'] == 'system':  # many templates refuse it alone
-            continue
+        if 'assistant' not in [neighbour['role'] for neighbour in messages[i - 1 : i + 1]]:
+            continue  # no answer begins or ends here; many templates refuse a lone system message
         part = render(tokenizer, messages[:i])  # after a question, with the header of an answer
         if not text.startswith(part):
-            raise UserError("the tokenizer's chat template changes earlier messages when others "
-                            'follow: use conversations of one question and one answer')
+            raise UserError('the chat template changes messages when others follow: use another '
+                            'tokenizer, or conversations of one question and one answer')
         part_ids = tokenizer.encode_special(part)[: len(ids)]
-        # This message ends where the encodings differ.
+        # This message ends where the two encodings differ, or where the shorter one ends.
         begin, end = end, np.append(ids[: len(part_ids)] == part_ids, False).argmin()
         learned[begin:end] = message['role'] == 'assistant'
     return ids, learned
@@ -118,8 +117,7 @@ def main(argv):
     runtime.set_speed_options()
     model, tokenizer, generator, amp = load_to_sample(cfg)
     if not tokenizer.chat_template:
-        raise UserError(f'this {type(model).__name__} was not trained on conversations: use '
-                        'sample.py, or train it on what prepare_chat.py made')
+        raise UserError('this model never learned to answer: use sample.py, or see prepare_chat.py')
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     block_size = model.config.block_size
@@ -130,23 +128,24 @@ def main(argv):
             history = []
             continue
         try:
-            while (len(ids := question_ids(tokenizer, question, system + history)) > longest
-                   and history):
-                history = history[2:]  # forget the oldest question and its answer
+            kept = history
+            while len(ids := question_ids(tokenizer, question, system + kept)) > longest and kept:
+                kept = kept[2:]  # without the oldest question and its answer
             if len(ids) >= block_size:
                 raise UserError(f'{len(ids)} tokens are too many for a context of {block_size}: '
-                                'ask less at once')
+                                'shorten the question, or --system')
+            # An answer ends with the context, or else the question would slide out of it.
+            limited = replace(cfg, max_new_tokens=min(cfg.max_new_tokens, block_size - len(ids)))
             answer = TextStream('', ids, tokenizer, eot=tokenizer.eot)
             with amp:
-                for new in write(cfg, model, tokenizer, ids, [answer], generator):
-                    if in_terminal:
-                        print(console.printable(new), end='', flush=True)
+                for new in write(limited, model, tokenizer, ids, [answer], generator):
+                    print(console.printable(new) * in_terminal, end='', flush=True)
         except UserError as error:  # also for a letter that the alphabet lacks
             print(f'({error})', file=sys.stderr)
             continue
         text = answer.text.strip()
         print('' if in_terminal else console.printable(text.replace('\n', ' ')), flush=True)
-        history += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': text}]
+        history = kept + [dict(role='user', content=question), dict(role='assistant', content=text)]
 
 
 if __name__ == '__main__':

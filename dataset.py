@@ -29,7 +29,7 @@ class Split:
             raise UserError(f'{path} is missing or damaged: it has {size} bytes instead of '
                             f'{max(4, expected)}; prepare the dataset again')
         self.file, self.tokens, self.mask = open(path, 'rb'), size // 2, None
-        # The positions where conversations begin, and, last, the end. A text is like one of them.
+        # Where conversations begin, and, last, the end. A text counts as one long conversation.
         self.borders = np.array([0, self.tokens])
         if os.path.exists(mask := path.removesuffix('bin') + 'mask'):
             self.mask = np.fromfile(mask, np.uint8)
@@ -64,7 +64,7 @@ class Split:
     def windows(self, begins, block_size):
         """(positions, counted) of the windows at `begins`, each (..., block_size + 1).
 
-        begins: (...,). counted: whether the loss counts a position as a target: not after the end.
+        begins: (...,). counted: whether the loss counts a token; never one past the window's end.
         """
         positions = begins[..., None] + np.arange(block_size + 1)
         counted = positions < self.ends(begins, block_size)[..., None]
@@ -76,8 +76,8 @@ class Split:
     def batch(self, begins, block_size, device):
         """Inputs x and targets y of the windows at `begins`, (B,): y is x one token later.
 
-        Each is (B, block_size) int64 on `device`. A target that does not count is -1: an input
-        after the window's end changes nothing. Raises UserError.
+        Each is (B, block_size) int64 on `device`. A target that does not count is -1. An input
+        after the window's end is harmless: no counted target sees it. Raises UserError.
         """
         positions, counted = self.windows(begins, block_size)
         ids = self.ids(positions).astype(int)
@@ -112,8 +112,8 @@ def training_batches(split, cfg, ranks, device, it):
     """Yield the micro-batches (x, y, divisor) of this rank, from iteration `it` on, without end.
 
     The windows of an update follow from (seed, iteration), and each rank takes its part: a resumed
-    run sees the same data, on any number of processes. To get the mean loss over all targets of an
-    update, divide each loss by its divisor, add them, and average over the ranks.
+    run sees the same data, on any number of processes. 1 / divisor is a micro-batch's share of all
+    targets, times the ranks: losses divided by theirs, added, averaged over ranks are the mean.
     """
     B, T = cfg.batch_size, cfg.block_size
     while True:
@@ -121,8 +121,8 @@ def training_batches(split, cfg, ranks, device, it):
         begins = begins.reshape(ranks.world_size, -1, B)
         counts = np.ones(begins.shape[:2])  # targets per micro-batch; of a text, equally many
         if split.mask is not None:
-            counts = split.windows(begins, T)[1][..., 1:].sum((-2, -1)).clip(min=1)
-        divisors = counts.mean(axis=0).sum() / counts[ranks.rank]
+            counts = split.windows(begins, T)[1][..., 1:].sum((-2, -1))
+        divisors = (counts.mean(axis=0).sum() or 1) / counts[ranks.rank].clip(min=1)
         for micro_batch, divisor in zip(begins[ranks.rank], divisors):  # (B,), a number
             yield *split.batch(micro_batch, T, device), divisor
         it += 1
@@ -134,7 +134,7 @@ def evaluation_batches(split, cfg, ranks, device):
     Each rank gets the same number of batches; the last ones are filled up with empty windows.
     """
     B, T = cfg.batch_size, cfg.block_size
-    # On train, update 0 has the same seed and learns some of the random ones: no harm.
+    # Update 0 draws from the same seed, so it learns from some of these windows of train: no harm.
     begins = (split.random_windows((cfg.seed, 0), cfg.eval_iters * B, T) if cfg.eval_iters
               else split.all_windows(T))
     fill = -len(begins) % (ranks.world_size * B)
@@ -164,6 +164,8 @@ class Dataset:
             if split != 'test' or os.path.exists(path):
                 tokens = meta.get('tokens', {}).get(split)
                 self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens)
+                if self.tokenizer.chat_template and self.splits[split].mask is None:
+                    raise UserError(f'{path} has no .mask beside it: prepare the dataset again')
         # Identifies the data behind a validation loss. nanoGPT's datasets contain no sha256.
         self.sha256 = meta.get('sha256')
         if not self.sha256:

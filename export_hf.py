@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import console
-from chat import TEMPLATE, compiled
+from chat import TEMPLATE, render
 from checkpoint import load_model
 from configurator import override
 from console import UsageError, UserError, optional, user_errors
@@ -82,17 +82,18 @@ def export(model, tokenizer, folder):
 
     fast = hugging_face_tokenizer(tokenizer)
     end = None if tokenizer.eot is None else fast.id_to_token(tokenizer.eot)
-    # Where an answer is in a text; else transformers' server reads a qwen3's as Qwen writes them.
-    header = compiled(TEMPLATE)(messages=[], add_generation_prompt=True)  # 'assistant\n'
-    answer = {'defaults': {'role': 'assistant'}, 'start_anchor': header,
-              'fields': {'content': {'close': end, 'content': 'text'}}}
+    files, answer = getattr(tokenizer, 'files', {}), None  # of a Hugging Face tokenizer: unchanged
+    if tokenizer.chat_template == TEMPLATE:  # ours, of which such files know nothing
+        # Where an answer is in a text; else transformers' server reads a qwen3's as Qwen writes it.
+        header = render(tokenizer, [{'role': 'user', 'content': 'a'}]).rpartition(end)[2]
+        answer = {'defaults': {'role': 'assistant'}, 'start_anchor': header,
+                  'fields': {'content': {'close': end, 'content': 'text'}}}
+        files = {}
     PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
         clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template,
-        model_input_names=['input_ids', 'attention_mask'],
-        response_template=answer if tokenizer.chat_template == TEMPLATE else None,
+        model_input_names=['input_ids', 'attention_mask'], response_template=answer,
     ).save_pretrained(folder)
-    files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: unchanged
     for name, text in files.items():
         Path(folder, name).write_text(text, 'utf-8')
     special = AutoTokenizer.from_pretrained(folder)

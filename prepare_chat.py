@@ -16,7 +16,6 @@ hash, so that the order in the files doesn't matter; the last ones become the te
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import numpy as np
 import console
 from chat import TEMPLATE, compiled, encode_chat
 from configurator import override
-from console import Progress, UserError, user_errors
+from console import UserError, user_errors
 from prepare_text import TextConfig, check_name, fractions, make_tokenizer, read_text, write_dataset
 from tokenizer import END, CharTokenizer
 
@@ -35,13 +34,16 @@ def messages_of(item):
     """The messages of a conversation in any form. Raises ValueError, KeyError or TypeError."""
     for ask, reply in ('prompt', 'response'), ('prompt', 'completion'), ('instruction', 'output'):
         if ask in item and reply in item:
-            asked = [text for text in (item[ask], item.get('input')) if text]
+            asked = [text for text in (item[ask], item.get('input')) if text not in (None, '')]
             item = {'messages': [{'role': 'user', 'content': '\n\n'.join(asked)},
                                  {'role': 'assistant', 'content': item[reply]}]}
-    messages = [{'role': m['role'], 'content': m['content'].strip()} for m in item['messages']]
-    roles = ' '.join(message['role'] for message in messages)
-    if not re.fullmatch('(system )?user assistant( user assistant)*', roles):
-        raise ValueError(f'user and assistant must take turns, not "{roles}"')
+    messages = [{'role': m['role'], 'content': m['content'].replace('\r\n', '\n').strip()}
+                for m in item['messages']]
+    ''.join(message['content'] for message in messages).encode()  # not half a surrogate pair
+    roles = [message['role'] for message in messages]
+    turns = roles[roles[:1] == ['system'] :]
+    if not turns or turns != ['user', 'assistant'] * (len(turns) // 2):
+        raise ValueError(f'user and assistant must take turns, not {" ".join(roles)}')
     return messages
 
 
@@ -51,15 +53,14 @@ def read_conversations(paths, errors='strict'):
     conversations, remedy = [], 'correct it; --help shows the forms'
     for path in paths:
         text = read_text(path, errors)
-        is_list = text.lstrip().startswith('[')
-        with user_errors(kinds, f'{path} is no list in JSON', remedy):
-            items = json.loads(text) if is_list else text.split('\n')
-        for number, item in enumerate(items, 1):
-            if not is_list and not item.strip():
-                continue
-            where = f'{path}, {"element" if is_list else "line"} {number}'
-            with user_errors(kinds, f'{where}: no conversation', remedy):
-                conversations.append(messages_of(item if is_list else json.loads(item)))
+        what, lines = 'line', text.split('\n')
+        if text.lstrip().startswith('['):
+            with user_errors(kinds, f'{path} is no list in JSON', remedy):
+                what, lines = 'element', [json.dumps(item) for item in json.loads(text)]
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with user_errors(kinds, f'{path}, {what} {number}: no conversation', remedy):
+                    conversations.append(messages_of(json.loads(line)))
     whole = [messages for messages in conversations if all(m['content'] for m in messages)]
     found = {hashlib.sha256(json.dumps(messages).encode()).digest(): messages for messages in whole}
     if len(found) < len(conversations):
@@ -79,15 +80,14 @@ def main(argv):
         encoder = CharTokenizer(encoder.chars + END)
     if encoder.eot is None:
         raise UserError(f'the tokenizer {cfg.tokenizer} has no token that ends a text: use another')
-    encoder.chat_template = encoder.chat_template or TEMPLATE
-    files, progress = {}, Progress()
+    encoder.chat_template, files = encoder.chat_template or TEMPLATE, {}
     for split, (begin, end) in fractions(len(chats), cfg.val_fraction, cfg.test_fraction).items():
-        files |= {f'{split}.bin': [], f'{split}.mask': []}
-        for number, messages in enumerate(chats[begin:end], begin):
-            progress.show_progress(number / len(chats), f'{number:,} conversations')
-            ids, learned = encode_chat(encoder, messages)
-            files[f'{split}.bin'].append(ids)
-            files[f'{split}.mask'].append(np.append(2, learned[1:]))  # 2: a conversation begins
+        pairs = [encode_chat(encoder, messages) for messages in chats[begin:end]]
+        if not all(encoder.eot in ids[learned] for ids, learned in pairs):
+            raise UserError('the chat template must end answers with the token that ends a text, '
+                            f'{encoder.decode([encoder.eot])!r}: change one of them')
+        files[f'{split}.bin'] = [ids for ids, _ in pairs]
+        files[f'{split}.mask'] = [np.append(2, learned[1:]) for _, learned in pairs]  # 2: the first
     write_dataset(cfg.dataset, files, encoder, ' '.join(Path(path).name for path in inputs),
                   hashlib.sha256(json.dumps(chats).encode()).hexdigest())
 

@@ -49,8 +49,8 @@ CURL = 'curl --fail -L --proto =https --connect-timeout 30 --speed-time 30 --con
 class TextConfig:
     dataset: str = ''  # the name: files go to data/<name>
     tokenizer: str = 'char'  # char; gpt2; a Hugging Face folder or name; a dataset: data/NAME
-    val_fraction: float = 0.1  # fraction of the text to validate on
-    test_fraction: float = 0.0  # fraction for a final test; the end of the text
+    val_fraction: float = 0.1  # fraction of the text, or of the conversations, to validate on
+    test_fraction: float = 0.0  # fraction for a final test, at the end
     separate: bool = True  # between text files: the end-of-text token; false: a line break
     errors: str = 'strict'  # strict: refuse bytes that are not UTF-8; replace: U+FFFD
 
@@ -203,6 +203,7 @@ def prepare(texts, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.
     """Write data/<dataset> from a text, or several; returns the contents of meta.json."""
     texts = [texts] if isinstance(texts, str) else texts
     encoder = make_tokenizer(tokenizer, texts)
+    encoder.chat_template = None  # a text is no conversation
     if encoder.eot is None or not separate:
         texts = [''.join(t if t.endswith('\n') else t + '\n' for t in texts[:-1]) + texts[-1]]
     digest = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()

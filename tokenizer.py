@@ -263,17 +263,20 @@ def tokenizer_of(name):
     if 'tokenizer.json' not in texts:
         raise UserError(f'{name} has no tokenizer.json: add the one that transformers saves')
     tokenizer = HuggingFaceTokenizer(texts.pop('tokenizer.json'), files=texts)
+    template = texts.get('chat_template.jinja', ends.get('chat_template', ''))
+    ids = np.atleast_1d(ends.get('eos_token_id', [])).tolist()
     match ends:
         case {'eos_token': str(token) | {'content': str(token)}}:
-            tokenizer.eot = tokenizer.wrapped.token_to_id(token)
-        case {'eos_token_id': [int(eot), *_] | int(eot)}:
-            tokenizer.eot = eot
+            ids.insert(0, tokenizer.wrapped.token_to_id(token))
+    names = {i: token for token, i in tokenizer.wrapped.get_vocab().items()}
+    # If several tokens end a text: the one that the template writes, or else the first.
+    tokenizer.eot = max((eot for eot in ids if eot in names), default=None,
+                        key=lambda eot: names[eot] in template)
     tokenizer = own_form(tokenizer.json) or tokenizer
-    template = texts.get('chat_template.jinja', ends.get('chat_template'))
     match ends:
-        case {'bos_token': str(token) | {'content': str(token)}} if 'bos_token' in (template or ''):
-            template = f'{{% set bos_token = {token!r} %}}{template}'
-    if isinstance(template, str) and tokenizer.eot is not None:  # some have several templates
+        case {'bos_token': str(token) | {'content': str(token)}} if 'bos_token' in template:
+            template = f'{{% set bos_token = {token!r} %}}\n{template}'
+    if template and isinstance(template, str) and tokenizer.eot is not None:  # some have several
         tokenizer.chat_template = template
     return tokenizer
 

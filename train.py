@@ -326,12 +326,11 @@ def set_up(cfg, data, ranks, device, dtype, progress):
                seconds=0.0, wandb_id=None)
     if checkpoint and not cfg.eval_only:
         run |= restore(checkpoint, run, optimizers, scaler)
-    progress.print_line(
-        f'data/{cfg.dataset} ({data.source}): {data.splits["train"].tokens:,} train tokens, '
-        f'{cfg.update_tokens:,} an update; {cfg.model} of {model.num_params():,} parameters on '
-        f'{device} in {str(dtype)[6:]}'
-        + f'; results in {os.path.abspath(cfg.out_dir)}' * (not cfg.eval_only))
     split = data.splits['train']
+    progress.print_line(
+        f'data/{cfg.dataset} ({data.source}): {split.tokens:,} train tokens, {cfg.update_tokens:,} '
+        f'an update; {cfg.model} of {model.num_params():,} parameters on {device} in '
+        + str(dtype)[6:] + f'; results in {os.path.abspath(cfg.out_dir)}' * (not cfg.eval_only))
     longer = 0 if split.mask is None else (np.diff(split.borders) > cfg.block_size + 1).sum()
     if longer and not cfg.eval_only:
         progress.print_line(f'{longer:,} conversations are longer than block_size={cfg.block_size}:'

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import itertools
 import json
 import os
 import pty
@@ -152,6 +153,10 @@ def test_forms_with_more_parts(folder):
     ('{"messages": [{"role": "tool", "content": "x"}]}', 'tool'), ('{"prompt": "x', 'JSONDecode'),
     ('[' * 100_000, 'RecursionError'), ('{"prompt": "a", "response": null}', 'NoneType'),
     ('{"messages": [{"role": "user", "content": 5}]}', 'int'), ('{"messages": ["a"]}', 'str'),
+    ('{"messages": [{"role": "user assistant", "content": "x"}]}', 'take turns'),
+    ('{"messages": [{"role": "system", "content": "x"}]}', 'take turns'),
+    ('{"prompt": "half an emoji: \\ud83d", "response": "x"}', 'surrogates'),
+    ('{"instruction": "Double.", "input": 0, "output": "0"}', 'int'),
 ])
 def test_a_broken_line_is_named_and_nothing_is_written(folder, line, reason):
     write('a.jsonl', qa(20))
@@ -160,6 +165,11 @@ def test_a_broken_line_is_named_and_nothing_is_written(folder, line, reason):
     with pytest.raises(UserError, match='a.jsonl, line 21') as caught:
         prepare_chat.main(['a.jsonl', '--dataset=qa'])
     assert reason in str(caught.value) and not os.path.exists('data')
+
+
+def test_windows_line_ends_in_a_message_are_line_feeds(folder):
+    write('a.jsonl', [{'prompt': 'a\r\nb', 'response': 'c\r\nd\r\n'}])
+    assert read_conversations(['a.jsonl']) == [[user('a\nb'), assistant('c\nd')]]
 
 
 def test_a_broken_element_of_a_list_is_named(folder):
@@ -186,8 +196,8 @@ def test_lines_end_at_line_feeds_alone(folder):
     (lambda: CharTokenizer('asistn\nuer ␃'), '␃'), (gpt2_tokenizer, '<|endoftext|>')])
 def test_the_end_inside_a_message_is_refused(make, end):
     tokenizer = make()
-    with pytest.raises(UserError, match='leave it out'):
-        chat.encode_chat(with_template(tokenizer), [user(f'a{end}n')])
+    with pytest.raises(UserError, match='aun.*leave it out'):  # so that it can be found
+        chat.encode_chat(with_template(tokenizer), [user('r'), assistant(f'aun{end}n')])
 
 
 @pytest.mark.parametrize('args, wrong', [
@@ -233,6 +243,21 @@ def test_an_edited_template_brings_its_own_letters(folder, monkeypatch):
     text = data.tokenizer.decode(np.fromfile('data/qa/train.bin', '<u2'))
     assert text.startswith('<user>What') and '␃<assistant>' in text
     assert data.splits['train'].mask[0] == 2
+
+
+def test_a_template_that_does_not_end_answers_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(prepare_chat, 'TEMPLATE', chat.TEMPLATE.replace('eos_token', "'\n'"))
+    write('qa.jsonl', qa(20))
+    with pytest.raises(UserError, match="must end answers .*'␃'"):
+        prepare_chat.main(['qa.jsonl', '--dataset=qa'])
+    assert not os.path.exists('data')
+
+
+def test_a_text_by_a_chat_datasets_tokenizer_is_no_conversation(asked):
+    prepare_text.prepare('What is this? ' * 99, 'text', tokenizer='data/qa')
+    data = Dataset('text', Ranks())
+    assert data.tokenizer.chat_template is None and data.splits['train'].mask is None
+    assert data.tokenizer.chars == Dataset('qa', Ranks()).tokenizer.chars
 
 
 # --- files that belong together
@@ -291,6 +316,13 @@ def test_a_mask_that_does_not_fit_is_refused(asked, content):
     (asked / 'data/qa/val.mask').write_bytes(content)
     with pytest.raises(UserError, match='prepare the dataset again'):
         Split('data/qa/val.bin', 256)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_a_forgotten_mask_is_told(asked, split):
+    os.remove(f'data/qa/{split}.mask')
+    with pytest.raises(UserError, match=f'{split}.bin has no .mask'):
+        Dataset('qa', Ranks())
 
 
 def test_a_mask_without_a_beginning_or_an_answer_is_refused(asked):
@@ -384,6 +416,21 @@ def test_micro_batches_and_ranks_weigh_by_their_targets(asked):
     assert sums.item() == pytest.approx((torch.where(y >= 0, x.double(), 0).sum() / total).item())
 
 
+def test_micro_batches_without_targets_weigh_nothing(folder):
+    write('qa.jsonl', [{'prompt': f'W{i}' * (40 * (i % 2) + 1), 'response': 'no'}
+                       for i in range(40)])
+    prepare_chat.main(['qa.jsonl', '--dataset=qa'])
+    split = Split('data/qa/train.bin', 256)
+    cfg = SimpleNamespace(seed=3, batch_size=1, block_size=40, gradient_accumulation_steps=8)
+    batches = training_batches(split, cfg, ALONE, CPU, 0)
+    parts = [((y >= 0).sum().item(), divisor)
+             for _, y, divisor in itertools.islice(batches, 8)]
+    counts = [count for count, _ in parts]
+    assert 0 in counts and sum(counts) > 0
+    for count, divisor in parts:
+        assert count == 0 or count / sum(counts) == pytest.approx(1 / divisor)
+
+
 def test_accumulation_equals_one_large_batch(asked):
     settings = dict(max_iters=3, eval_interval=3, grad_clip=0.0)
     train.train(train.TrainConfig(**CHAT | settings | dict(
@@ -458,8 +505,16 @@ def test_a_template_is_in_a_sandbox(asked):
 
 def test_a_template_that_changes_earlier_turns_is_refused():
     template = '{{ messages | length }}' + chat.TEMPLATE
-    with pytest.raises(UserError, match='earlier messages'):
+    with pytest.raises(UserError, match='when others follow'):
         chat.encode_chat(with_template(gpt2_tokenizer(), template), MESSAGES)
+
+
+def test_a_role_between_question_and_answer(asked):
+    tokenizer = Dataset('qa', Ranks()).tokenizer
+    tool = {'role': 'tias', 'content': '2'}  # of letters that the alphabet has
+    ids, learned = chat.encode_chat(tokenizer, [user('is 2?'), tool, assistant('4')])
+    assert tokenizer.decode(ids) == 'user\nis 2?␃tias\n2␃assistant\n4␃'
+    assert tokenizer.decode(ids[learned]) == '4␃'
 
 
 def test_such_a_template_can_still_ask():
@@ -527,6 +582,35 @@ def test_a_template_may_name_the_first_token(folder):
     assert same_ids(ours, theirs, messages, True) == 'b<|im_end|>\n'
     again = tokenizer_from(json.loads(json.dumps(ours.state())))
     assert same_ids(again, theirs, messages, True) == 'b<|im_end|>\n'
+
+
+GENERATION = (
+    "{% for m in messages %}\n{{ '<|im_start|>' + m.role }}\n{% if m.role == 'assistant' %}\n"
+    "{% generation %}\n{{ m.content + '<|im_end|>' }}\n{%- endgeneration %}\n{% else %}\n"
+    "{{ m.content + '<|im_end|>' }}\n{% endif %}\n{% endfor %}\n"
+    "{% if add_generation_prompt %}\n{{ '<|im_start|>assistant' }}\n{% endif %}")
+
+
+@pytest.mark.parametrize('template', [
+    '\n{{ bos_token }}' + CHATML, GENERATION, '{% if tools is not none %}TOOLS{% endif %}' + CHATML,
+], ids=['a line break first', 'generation', 'tools'])
+def test_details_of_templates(folder, template):
+    theirs = theirs_of(gpt2_tokenizer(), eos_token='<|im_end|>', bos_token='<|begin|>',
+                       chat_template=template, additional_special_tokens=['<|im_start|>'])
+    theirs.save_pretrained('hf')
+    for messages in MESSAGES[:2], MESSAGES:
+        same_ids(tokenizer_of('hf'), theirs, messages, messages is MESSAGES)
+
+
+def test_of_several_ends_the_one_that_the_template_writes(folder):
+    theirs = theirs_of(gpt2_tokenizer(), eos_token='<|endoftext|>', chat_template=CHATML,
+                       additional_special_tokens=['<|im_start|>', '<|im_end|>'])
+    theirs.save_pretrained('hf')
+    end = theirs.convert_tokens_to_ids('<|im_end|>')
+    assert tokenizer_of('hf').eot == theirs.eos_token_id != end
+    (folder / 'hf/generation_config.json').write_text(
+        json.dumps({'eos_token_id': [theirs.eos_token_id, end]}), 'utf-8')
+    assert tokenizer_of('hf').eot == end
 
 
 # --- talking
@@ -631,6 +715,32 @@ def test_a_question_that_cannot_be_answered_is_not_the_last_one(taught, monkeypa
     assert err == '(too many)\n' and out.count('\n') == 1 and len(calls) == 2
 
 
+def lengths_read(monkeypatch, typed, *flags):
+    """Talk in a pipe: for each answer, (how many tokens are read first, how many may follow)."""
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(typed.encode())))
+    seen, stream = [], sample.stream
+
+    def read(model, idx, max_new_tokens, *args):
+        seen.append((idx.size(1), max_new_tokens))
+        return stream(model, idx, max_new_tokens, *args)
+
+    monkeypatch.setattr(sample, 'stream', read)
+    chat.main(['--out_dir=out', '--device=cpu', *flags])
+    return seen
+
+
+def test_a_question_that_is_too_long_ends_no_conversation(taught, monkeypatch, capsys):
+    typed = 'What is 1?\n' + '9' * 90 + '\nWhat is 2?\n'
+    (first, _), (second, _) = lengths_read(monkeypatch, typed, '--max_new_tokens=9')
+    assert second > first + len('What is 1?') and 'too many' in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_the_context(taught, monkeypatch):
+    for typed in 'What is 1?', 'What is ' + '9' * 40:
+        ((read, most),) = lengths_read(monkeypatch, typed, '--max_new_tokens=500')
+        assert read + most == 80  # or else it would slide, and the question would be forgotten
+
+
 def test_closed_input_is_its_end(taught, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(SystemExit) as end:
@@ -697,6 +807,35 @@ def test_an_exported_model_chats_as_chat_does(asked, kind):
         if hasattr(tokenizer, 'parse_response'):  # as transformers' server does
             assert tokenizer.parse_response(
                 new[len(ids) :], prefix=new[: len(ids)]) == assistant(answer)
+
+
+def test_a_tokenizer_without_a_template_exports_ours(folder):
+    transformers = pytest.importorskip('transformers')
+    theirs_of(gpt2_tokenizer(), eos_token='<|end|>').save_pretrained('hf')
+    (folder / 'hf/generation_config.json').write_text('{"eos_token_id": 2}', 'utf-8')
+    write('qa.jsonl', qa(20))
+    prepare_chat.main(['qa.jsonl', '--dataset=qa', '--tokenizer=hf'])
+    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
+    export_hf.main(['--out_dir=out', '--to=new'])
+    tokenizer = transformers.AutoTokenizer.from_pretrained('new')
+    assert tokenizer.chat_template == chat.TEMPLATE and tokenizer.eos_token == '<|end|>'
+    assert tokenizer.response_template['start_anchor'] == 'assistant\n'
+    generation = transformers.GenerationConfig.from_pretrained('new')
+    assert generation.eos_token_id == tokenizer.eos_token_id == load_model('out')[1].eot
+
+
+def test_an_edited_template_is_exported(folder, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    template = "{{ 'you answer ' + messages[0].role + '\n' }}" + chat.TEMPLATE
+    for module in prepare_chat, export_hf:
+        monkeypatch.setattr(module, 'TEMPLATE', template)
+    write('qa.jsonl', qa(20))
+    prepare_chat.main(['qa.jsonl', '--dataset=qa'])
+    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
+    export_hf.main(['--out_dir=out', '--to=hf'])
+    tokenizer = transformers.AutoTokenizer.from_pretrained('hf')
+    assert tokenizer.chat_template == template
+    assert tokenizer.response_template['start_anchor'] == 'assistant\n'
 
 
 def test_chat_reads_an_exported_folder(taught):
