@@ -4,7 +4,7 @@
     python chat.py --out_dir=out-chat --system="Answer in Portuguese." --temperature=0
     python chat.py --out_dir=out-chat < questions.txt > answers.txt
 
-An empty line begins a new conversation; it has no answer, and nor has a question that fails.
+A question sees those before it; an empty line begins anew. A question that fails has no answer.
 """
 
 import re

@@ -54,8 +54,8 @@ class Split:
     def ends(self, begins, block_size):
         """Where the windows at `begins` end: at most block_size + 1 tokens later.
 
-        A window of conversations ends after the last one that fits as a whole; if not even the
-        first one fits, it contains as much of that one as fits.
+        A window of conversations, which see each other, ends after the last one that fits as a
+        whole; if not even the first one fits, it contains as much of that one as fits.
         """
         reach = np.minimum(begins + block_size + 1, self.tokens)
         last = self.borders[self.borders.searchsorted(reach, 'right') - 1]

@@ -11,7 +11,7 @@ forms (`input` may be missing; the first of the `messages` may have the role `sy
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
 Repeated conversations, and those with an empty message, are left out. The others are sorted by a
-hash, so that the order in the files doesn't matter; the last ones become the test and val splits.
+hash, so that the order in the files doesn't matter. The last ones become val, or val and test.
 """
 
 import hashlib
@@ -49,17 +49,17 @@ def messages_of(item):
 
 def read_conversations(paths, errors='strict'):
     """The conversations of files, lists of messages, each once, in the order of their hashes."""
-    kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
+    mistakes = ValueError, LookupError, TypeError, AttributeError, RecursionError
     conversations, remedy = [], 'correct it; --help shows the forms'
     for path in paths:
         text = read_text(path, errors)
         what, lines = 'line', text.split('\n')
         if text.lstrip().startswith('['):
-            with user_errors(kinds, f'{path} is no list in JSON', remedy):
+            with user_errors(mistakes, f'{path} is no list in JSON', remedy):
                 what, lines = 'element', [json.dumps(item) for item in json.loads(text)]
         for number, line in enumerate(lines, 1):
             if line.strip():
-                with user_errors(kinds, f'{path}, {what} {number}: no conversation', remedy):
+                with user_errors(mistakes, f'{path}, {what} {number}: no conversation', remedy):
                     conversations.append(messages_of(json.loads(line)))
     whole = [messages for messages in conversations if all(m['content'] for m in messages)]
     found = {hashlib.sha256(json.dumps(messages).encode()).digest(): messages for messages in whole}

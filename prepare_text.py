@@ -264,8 +264,8 @@ def make_dataset(name, folder):
         found = (path.parent.name for path in Path('data').glob('*/train.bin'))
         raise UserError(f'the dataset {folder} is missing: choose one of '
                         f'{", ".join(sorted({*PREPARE, *found}))}, or make it: python '
-                        f'prepare_text.py your.txt --dataset={name} (openwebtext, 12 GB: python '
-                        'prepare_openwebtext.py)')
+                        f'prepare_text.py your.txt --dataset={name} (of conversations: '
+                        'prepare_chat.py; openwebtext, 12 GB: prepare_openwebtext.py)')
     with console.locked('data', wait=True):  # another process may be making it right now
         if os.path.exists(os.path.join(folder, 'train.bin')):
             return

@@ -265,7 +265,7 @@ def sample_text(model, tokenizer, cfg, ranks, device, amp):
     try:
         ids = encode(tokenizer, cfg.sample_start)
     except UserError as error:  # the alphabet lacks a character, or tiktoken's files are missing
-        failure = f'(no sample: {error})'
+        failure = f'(no sample for --sample_start={cfg.sample_start!r}: {error})'
     if ranks.any(bool(failure)):  # perhaps of one machine; a sharded model needs all ranks
         return failure or '(no sample: another process cannot encode sample_start)'
     generator, prompt = torch.Generator(device).manual_seed(cfg.seed), torch.tensor([ids])

@@ -598,7 +598,7 @@ def test_a_missing_vocabulary_is_asked_for_once(folder, monkeypatch, capsys):
         np.zeros(99, '<u2').tofile(f'data/raw/{name}.bin')
     run(dataset='raw', sample_tokens=5, n_layer=1, n_embd=8)
     out = capsys.readouterr().out
-    assert len(calls) == 1 and 'no sample: tiktoken cannot get' in out
+    assert len(calls) == 1 and "no sample for --sample_start='\\n': tiktoken cannot get" in out
 
 
 def test_the_closing_hint_names_a_script_that_exists(tiny, monkeypatch, capsys):
