@@ -75,7 +75,7 @@ def run(main):
     except UserError as error:
         code, message = 2 if isinstance(error, UsageError) else 1, f'error: {error}\n'
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        code, Progress.on_screen = 128 + signal.SIGINT, sys.stdout.isatty()  # it shows ^C
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise

@@ -194,6 +194,19 @@ console.run(main)
                                             'error: that was all', '']
 
 
+def test_ctrl_c_leaves_the_shells_prompt_a_line_of_its_own(folder):
+    (folder / 'stopped.py').write_text("""
+import console
+def main(argv):
+    print('half an answ', end='')
+    raise KeyboardInterrupt
+console.run(main)
+""")
+    code, output = in_terminal(folder / 'stopped.py')
+    assert code == 130 and screen(output) == ['half an answ', '']
+    assert script(folder / 'stopped.py').stdout == 'half an answ'
+
+
 @pytest.mark.parametrize('name', ['stdout', 'stderr'])
 def test_a_closed_output_is_no_error(monkeypatch, name):
     monkeypatch.setattr(sys, name, None)
