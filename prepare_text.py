@@ -80,7 +80,7 @@ def files_of(inputs):
 
 def read_text(path, errors='strict'):
     """The text of a UTF-8 file, without a byte-order mark, its line ends made line feeds."""
-    with user_errors(OSError, f'cannot read {path}', 'name text files, for example my.txt'):
+    with user_errors(OSError, f'cannot read {path}', 'give the path of a text file'):
         data = Path(path).expanduser().read_bytes()
     kind = next((kind for sign, kind in FORMATS.items() if re.search(sign, data[:4096])), None)
     if kind:
@@ -192,7 +192,7 @@ def write_dataset(dataset, files, tokenizer, source, sha256):
         counts = ', '.join(f'{count:,} {split}' for split, count in tokens.items())
         if min(tokens.values()) < 2:
             raise UserError(f'{source} gives {counts} tokens: each split needs two, so take a '
-                            'longer text or other fractions')
+                            'longer file or other fractions')
         meta = write_meta(folder, tokenizer, source, sha256, tokens)
     print(f'{folder}: {counts} tokens, {tokenizer.vocab_size:,} ids, from {source}')
     return meta

@@ -251,7 +251,7 @@ TABLE = {
     'no name': (['prepare_text.py', 't.txt'], ['--dataset'], put('t.txt', 'text'), REAL),
     'no such text': (['prepare_text.py', 'none.txt', '--dataset=x'], ['none.txt'], nothing, REAL),
     'empty text': (['prepare_text.py', 't.txt', '--dataset=x'],
-                   ['0 train, 0 val tokens', 'take a longer text'], put('t.txt', ''), REAL),
+                   ['0 train, 0 val tokens', 'take a longer file'], put('t.txt', ''), REAL),
     'text too short to split': (['prepare_text.py', 't.txt', '--dataset=x'],
                                 ['1 val tokens', 'train'], put('t.txt', 'a'), REAL),
     'split of one character': (['prepare_text.py', 't.txt', '--dataset=x'],
