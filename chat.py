@@ -4,7 +4,7 @@
     python chat.py --out_dir=out-chat --system="Answer in Portuguese." --temperature=0
     python chat.py --out_dir=out-chat < questions.txt > answers.txt
 
-A question sees those before it; an empty line begins anew. A question that fails has no answer.
+The model sees the exchanges before. An empty line, which has no answer, begins a new conversation.
 """
 
 import re
@@ -45,8 +45,7 @@ def compiled(template):
     environment = ImmutableSandboxedEnvironment(  # as transformers', without its dates and tojson
         trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
     environment.globals['raise_exception'] = refuse
-    # transformers' own tags, as comments
-    template = re.sub(r'{%(-?)\s*(?:end)?generation\s*(-?)%}', r'{#\1 \2#}', template)
+    template = re.sub(r'{%(-?)\s*(end)?generation\s*(-?)%}', r'{#\1 \3#}', template)  # its own tags
     return environment.from_string(template).render
 
 
@@ -106,8 +105,7 @@ def questions(in_terminal):
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input('> ' if in_terminal else '').strip()
-    if in_terminal:
-        print()  # the shell's prompt has a line of its own
+    print(end='\n' * in_terminal)  # the shell's prompt has a line of its own
 
 
 @runtime.out_of_memory('use --quantize=int8')
@@ -116,7 +114,7 @@ def main(argv):
     cfg = override(ChatConfig(), argv, usage=__doc__)
     runtime.set_speed_options()
     model, tokenizer, generator, amp = load_to_sample(cfg)
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template or tokenizer.eot is None:
         raise UserError('this model never learned to answer: use sample.py, or see prepare_chat.py')
     system = [{'role': 'system', 'content': cfg.system}] if cfg.system else []
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()

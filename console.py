@@ -338,10 +338,10 @@ class Progress:
         self.print_line(f'{bar} {text}'.strip()[:width], end='')
 
 
-def print_end(cfg, run, saved_path, stopping, tokenizer, progress):
+def print_end(cfg, run, saved_path, stopping, data, progress):
     """Print where the results are, and what to type next. saved_path: of the last save, or None."""
     if not stopping:
-        script = 'chat.py' if tokenizer.chat_template else 'sample.py'
+        script = 'sample.py' if data.splits['train'].mask is None else 'chat.py'
         script = os.path.relpath(Path(__file__).resolve().with_name(script))
         command = shlex.join([sys.orig_argv[0], script, f'--out_dir={cfg.out_dir}'])
         at_start = ' (before the first update)' * (not os.path.exists(f'{cfg.out_dir}/best.pt'))

@@ -54,8 +54,8 @@ class Split:
     def ends(self, begins, block_size):
         """Where the windows at `begins` end: at most block_size + 1 tokens later.
 
-        A window of conversations, which see each other, ends after the last one that fits as a
-        whole; if not even the first one fits, it contains as much of that one as fits.
+        A window ends after the last conversation that fits as a whole; its conversations see each
+        other. If not even the first one fits, it contains as much of that one as fits.
         """
         reach = np.minimum(begins + block_size + 1, self.tokens)
         last = self.borders[self.borders.searchsorted(reach, 'right') - 1]
@@ -112,8 +112,8 @@ def training_batches(split, cfg, ranks, device, it):
     """Yield the micro-batches (x, y, divisor) of this rank, from iteration `it` on, without end.
 
     The windows of an update follow from (seed, iteration), and each rank takes its part: a resumed
-    run sees the same data, on any number of processes. 1 / divisor is a micro-batch's share of all
-    targets, times the ranks: losses divided by theirs, added, averaged over ranks are the mean.
+    run sees the same data, on any number of processes. Divide each mean loss by its divisor, add
+    them, and average over the ranks: this is the mean over all targets of the update.
     """
     B, T = cfg.batch_size, cfg.block_size
     while True:
@@ -164,7 +164,7 @@ class Dataset:
             if split != 'test' or os.path.exists(path):
                 tokens = meta.get('tokens', {}).get(split)
                 self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens)
-                if self.tokenizer.chat_template and self.splits[split].mask is None:
+                if meta.get('masks') and self.splits[split].mask is None:
                     raise UserError(f'{path} has no .mask beside it: prepare the dataset again')
         # Identifies the data behind a validation loss. nanoGPT's datasets contain no sha256.
         self.sha256 = meta.get('sha256')

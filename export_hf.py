@@ -82,20 +82,22 @@ def export(model, tokenizer, folder):
 
     fast = hugging_face_tokenizer(tokenizer)
     end = None if tokenizer.eot is None else fast.id_to_token(tokenizer.eot)
-    files, answer = getattr(tokenizer, 'files', {}), None  # of a Hugging Face tokenizer: unchanged
-    if tokenizer.chat_template == TEMPLATE:  # ours, of which such files know nothing
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
+        clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template,
+        model_input_names=['input_ids', 'attention_mask'],
+    ).save_pretrained(folder)
+    files = getattr(tokenizer, 'files', {})  # of a Hugging Face tokenizer: unchanged
+    for name, text in files.items():
+        Path(folder, name).write_text(text, 'utf-8')
+    if tokenizer.chat_template == TEMPLATE:  # ours: such files may have no end, or another
         # Where an answer is in a text; else transformers' server reads a qwen3's as Qwen writes it.
         header = render(tokenizer, [{'role': 'user', 'content': 'a'}]).rpartition(end)[2]
         answer = {'defaults': {'role': 'assistant'}, 'start_anchor': header,
                   'fields': {'content': {'close': end, 'content': 'text'}}}
-        files = {}
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast, model_max_length=c.block_size, bos_token=end, eos_token=end,
-        clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template,
-        model_input_names=['input_ids', 'attention_mask'], response_template=answer,
-    ).save_pretrained(folder)
-    for name, text in files.items():
-        Path(folder, name).write_text(text, 'utf-8')
+        path = Path(folder, 'tokenizer_config.json')
+        config = json.loads(path.read_text('utf-8')) | dict(eos_token=end, response_template=answer)
+        path.write_text(json.dumps(config, indent=1), 'utf-8')
     special = AutoTokenizer.from_pretrained(folder)
     for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
         settings[name] = getattr(special, name)
@@ -111,7 +113,7 @@ def export(model, tokenizer, folder):
         raise UserError(f'a {kind} computes something else from these weights: {CANNOT_RUN}')
     with user_errors(SafetensorError, f'cannot write {folder}', 'free some space'):
         theirs.save_pretrained(folder)
-    if 'generation_config.json' in files:
+    if 'generation_config.json' in files and tokenizer.chat_template != TEMPLATE:
         Path(folder, 'generation_config.json').write_text(files['generation_config.json'], 'utf-8')
 
 

@@ -43,7 +43,7 @@ def messages_of(item):
     roles = [message['role'] for message in messages]
     turns = roles[roles[:1] == ['system'] :]
     if not turns or turns != ['user', 'assistant'] * (len(turns) // 2):
-        raise ValueError(f'user and assistant must take turns, not {" ".join(roles)}')
+        raise ValueError(f'user and assistant must take turns, not "{" ".join(roles)}"')
     return messages
 
 
@@ -77,15 +77,15 @@ def main(argv):
     texts = (compiled(TEMPLATE)(messages=messages, eos_token=END) for messages in chats)
     encoder = make_tokenizer(cfg.tokenizer, texts)
     if isinstance(encoder, CharTokenizer):
-        encoder = CharTokenizer(encoder.chars + END)
+        encoder = CharTokenizer(encoder.chars + END + 'system')  # the role that --system adds
     if encoder.eot is None:
         raise UserError(f'the tokenizer {cfg.tokenizer} has no token that ends a text: use another')
     encoder.chat_template, files = encoder.chat_template or TEMPLATE, {}
     for split, (begin, end) in fractions(len(chats), cfg.val_fraction, cfg.test_fraction).items():
         pairs = [encode_chat(encoder, messages) for messages in chats[begin:end]]
         if not all(encoder.eot in ids[learned] for ids, learned in pairs):
-            raise UserError('the chat template must end answers with the token that ends a text, '
-                            f'{encoder.decode([encoder.eot])!r}: change one of them')
+            raise UserError(f'answers must end with {encoder.decode([encoder.eot])!r}: edit the '
+                            'chat template, or eos_token in tokenizer_config.json')
         files[f'{split}.bin'] = [ids for ids, _ in pairs]
         files[f'{split}.mask'] = [np.append(2, learned[1:]) for _, learned in pairs]  # 2: the first
     write_dataset(cfg.dataset, files, encoder, ' '.join(Path(path).name for path in inputs),

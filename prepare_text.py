@@ -118,14 +118,14 @@ def read_meta(folder):
     return meta
 
 
-def write_meta(folder, tokenizer, source, sha256, tokens):
+def write_meta(folder, tokenizer, source, sha256, tokens, masks=False):
     """Write meta.json for the .bin files that come next; returns its contents.
 
     The old .bin files and masks are removed: a half-written dataset counts as missing.
-    tokens: how many each split has, by its name.
+    tokens: how many each split has, by its name. masks: whether each has a .mask too.
     """
     meta = dict(tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, source=source,
-                sha256=sha256, tokens=tokens)
+                sha256=sha256, tokens=tokens, masks=masks)
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # a full disk must show before the old files are removed
@@ -193,7 +193,7 @@ def write_dataset(dataset, files, tokenizer, source, sha256):
         if min(tokens.values()) < 2:
             raise UserError(f'{source} gives {counts} tokens: each split needs two, so take a '
                             'longer file or other fractions')
-        meta = write_meta(folder, tokenizer, source, sha256, tokens)
+        meta = write_meta(folder, tokenizer, source, sha256, tokens, 'train.mask' in files)
     print(f'{folder}: {counts} tokens, {tokenizer.vocab_size:,} ids, from {source}')
     return meta
 
@@ -203,7 +203,6 @@ def prepare(texts, dataset, tokenizer='char', val_fraction=0.1, test_fraction=0.
     """Write data/<dataset> from a text, or several; returns the contents of meta.json."""
     texts = [texts] if isinstance(texts, str) else texts
     encoder = make_tokenizer(tokenizer, texts)
-    encoder.chat_template = None  # a text is no conversation
     if encoder.eot is None or not separate:
         texts = [''.join(t if t.endswith('\n') else t + '\n' for t in texts[:-1]) + texts[-1]]
     digest = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()

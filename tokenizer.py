@@ -271,7 +271,7 @@ def tokenizer_of(name):
     names = {i: token for token, i in tokenizer.wrapped.get_vocab().items()}
     # If several tokens end a text: the one that the template writes, or else the first.
     tokenizer.eot = max((eot for eot in ids if eot in names), default=None,
-                        key=lambda eot: names[eot] in template)
+                        key=lambda eot: 'eos_token' not in template and names[eot] in template)
     tokenizer = own_form(tokenizer.json) or tokenizer
     match ends:
         case {'bos_token': str(token) | {'content': str(token)}} if 'bos_token' in template:

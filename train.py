@@ -258,9 +258,10 @@ def measure_best_again(run, model, cfg, data, measure, ranks, progress):
                                 f'{path} has a loss of {losses["val"]:.4f}')
 
 
-def sample_text(model, tokenizer, cfg, ranks, device, amp):
+def sample_text(model, data, cfg, ranks, device, amp):
     """A short sample of the current model, or its answer to sample_start, to print."""
-    encode = question_ids if tokenizer.chat_template else prompt_ids
+    tokenizer, is_chat = data.tokenizer, data.splits['train'].mask is not None
+    encode = question_ids if is_chat else prompt_ids
     failure = ''
     try:
         ids = encode(tokenizer, cfg.sample_start)
@@ -273,7 +274,7 @@ def sample_text(model, tokenizer, cfg, ranks, device, amp):
         written = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
                               generator=generator, vocab_size=tokenizer.vocab_size)[0].tolist()
     shown = tokenizer.decode(written)
-    if tokenizer.chat_template:  # the answer alone, to its end
+    if is_chat:  # the answer alone, to its end
         answer = tokenizer.decode(written[len(ids) :]).split(tokenizer.decode([tokenizer.eot]))[0]
         shown = f'{cfg.sample_start}\n{answer}'
     return ''.join(f'  | {line}\n' for line in console.printable(shown.strip('\n')).split('\n'))
@@ -384,7 +385,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
                                   improved, is_kept, is_evaluated=bool(losses))
         if losses:
             if cfg.sample_tokens and math.isfinite(losses['val']):
-                progress.print_line(sample_text(raw, data.tokenizer, cfg, ranks, device, amp))
+                progress.print_line(sample_text(raw, data, cfg, ranks, device, amp))
             eval_seconds = time.perf_counter() - before
         if is_last or stopping:
             break
@@ -426,7 +427,7 @@ def training_run(cfg, data, ranks, device, dtype, stop, progress):
     log.close()
     plot_loss.draw_run(log, progress, at_end=True)
     stop.received = stop.received or stopping * signal.SIGTERM  # if only another process got one
-    console.print_end(cfg, run, saved_path, stopping, data.tokenizer, progress)
+    console.print_end(cfg, run, saved_path, stopping, data, progress)
     return run['best_val_loss']
 
 

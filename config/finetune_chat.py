@@ -16,7 +16,7 @@ sample_tokens = 100
 
 gradient_accumulation_steps = 1
 batch_size = 16
-block_size = 128  # of a GPT, at most the checkpoint's; longer conversations are cut
+block_size = 128  # a GPT's: at most that of the checkpoint; longer conversations are cut
 dropout = 0.0
 
 optimizer = 'muon'

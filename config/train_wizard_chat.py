@@ -9,7 +9,7 @@ dataset = 'wizard_chat'
 eval_interval = 650
 eval_iters = 20
 log_interval = 100
-sample_start = 'What did the Scarecrow wish for?'  # not in the training data in these words
+sample_start = 'What did the Scarecrow wish for?'  # not in the training data in exactly this form
 sample_tokens = 40
 
 model = 'llama'

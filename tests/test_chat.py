@@ -248,16 +248,20 @@ def test_an_edited_template_brings_its_own_letters(folder, monkeypatch):
 def test_a_template_that_does_not_end_answers_is_refused(folder, monkeypatch):
     monkeypatch.setattr(prepare_chat, 'TEMPLATE', chat.TEMPLATE.replace('eos_token', "'\n'"))
     write('qa.jsonl', qa(20))
-    with pytest.raises(UserError, match="must end answers .*'␃'"):
+    with pytest.raises(UserError, match="answers must end with '␃'"):
         prepare_chat.main(['qa.jsonl', '--dataset=qa'])
     assert not os.path.exists('data')
 
 
-def test_a_text_by_a_chat_datasets_tokenizer_is_no_conversation(asked):
+def test_a_text_by_a_chat_datasets_tokenizer_is_no_conversation(asked, capsys):
     prepare_text.prepare('What is this? ' * 99, 'text', tokenizer='data/qa')
     data = Dataset('text', Ranks())
-    assert data.tokenizer.chat_template is None and data.splits['train'].mask is None
-    assert data.tokenizer.chars == Dataset('qa', Ranks()).tokenizer.chars
+    assert data.splits['train'].mask is None
+    assert data.tokenizer.state() == Dataset('qa', Ranks()).tokenizer.state()  # can still answer
+    train.main(flags(**CHAT | dict(dataset='text', max_iters=2, sample_start='What')))
+    shown = capsys.readouterr().out
+    assert re.search(r'^  \| What', shown, re.M) and not re.search(r'\| What\n  \| ', shown)
+    assert re.search(r'^now: .*sample\.py --out_dir=out$', shown, re.M)
 
 
 # --- files that belong together
@@ -429,6 +433,9 @@ def test_micro_batches_without_targets_weigh_nothing(folder):
     assert 0 in counts and sum(counts) > 0
     for count, divisor in parts:
         assert count == 0 or count / sum(counts) == pytest.approx(1 / divisor)
+    cfg.block_size = 4  # no window reaches an answer
+    parts = [next(training_batches(split, cfg, ALONE, CPU, 0)) for _ in range(8)]
+    assert all((y == -1).all() and 0 < divisor < np.inf for _, y, divisor in parts)
 
 
 def test_accumulation_equals_one_large_batch(asked):
@@ -611,6 +618,13 @@ def test_of_several_ends_the_one_that_the_template_writes(folder):
     (folder / 'hf/generation_config.json').write_text(
         json.dumps({'eos_token_id': [theirs.eos_token_id, end]}), 'utf-8')
     assert tokenizer_of('hf').eot == end
+    # A template of `eos_token` means the tokenizer's own, whatever else it names.
+    theirs.chat_template = CHATML.replace("'<|im_end|>'", 'eos_token') + '{# not <|im_end|> #}'
+    theirs.save_pretrained('hf')
+    (folder / 'hf/generation_config.json').write_text(
+        json.dumps({'eos_token_id': [theirs.eos_token_id, end]}), 'utf-8')
+    assert tokenizer_of('hf').eot == theirs.eos_token_id
+    same_ids(tokenizer_of('hf'), theirs, MESSAGES, True)
 
 
 # --- talking
@@ -811,7 +825,8 @@ def test_an_exported_model_chats_as_chat_does(asked, kind):
 
 def test_a_tokenizer_without_a_template_exports_ours(folder):
     transformers = pytest.importorskip('transformers')
-    theirs_of(gpt2_tokenizer(), eos_token='<|end|>').save_pretrained('hf')
+    theirs_of(gpt2_tokenizer(), eos_token='<|end|>', pad_token='<|pad|>', bos_token='<|begin|>',
+              padding_side='left').save_pretrained('hf')
     (folder / 'hf/generation_config.json').write_text('{"eos_token_id": 2}', 'utf-8')
     write('qa.jsonl', qa(20))
     prepare_chat.main(['qa.jsonl', '--dataset=qa', '--tokenizer=hf'])
@@ -820,8 +835,39 @@ def test_a_tokenizer_without_a_template_exports_ours(folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained('new')
     assert tokenizer.chat_template == chat.TEMPLATE and tokenizer.eos_token == '<|end|>'
     assert tokenizer.response_template['start_anchor'] == 'assistant\n'
+    assert tokenizer.pad_token == '<|pad|>' and tokenizer.bos_token == '<|begin|>'  # as they were
+    assert tokenizer.padding_side == 'left'
     generation = transformers.GenerationConfig.from_pretrained('new')
     assert generation.eos_token_id == tokenizer.eos_token_id == load_model('out')[1].eot
+
+
+def test_an_end_that_only_the_generation_config_names_is_exported(folder):
+    transformers = pytest.importorskip('transformers')
+    theirs_of(gpt2_tokenizer()).save_pretrained('hf')
+    (folder / 'hf/generation_config.json').write_text('{"eos_token_id": 50256}', 'utf-8')
+    (folder / 'hf/config.json').write_text('{"vocab_size": 1}', 'utf-8')
+    write('qa.jsonl', qa(20))
+    prepare_chat.main(['qa.jsonl', '--dataset=qa', '--tokenizer=hf'])
+    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
+    export_hf.main(['--out_dir=out', '--to=new'])
+    tokenizer = transformers.AutoTokenizer.from_pretrained('new')
+    ids = tokenizer.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, return_dict=True)
+    assert ids['input_ids'] == chat.question_ids(load_model('out')[1], MESSAGES[0]['content'])
+
+
+def test_a_model_without_an_end_cannot_chat(asked, monkeypatch):
+    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
+    model, tokenizer = load_model('out')
+    tokenizer.eot = None  # as of some Hugging Face folders
+    monkeypatch.setattr(sample, 'load_model', lambda *_, **__: (model, tokenizer))
+    with pytest.raises(UserError, match='never learned to answer'):
+        chat.main(['--out_dir=out', '--device=cpu'])
+
+
+def test_the_role_of_system_is_in_every_alphabet(folder):
+    write('qa.jsonl', [{'prompt': f'soma {i}', 'response': str(i)} for i in range(20)])
+    prepare_chat.main(['qa.jsonl', '--dataset=qa'])
+    assert set('system') <= set(Dataset('qa', Ranks()).tokenizer.chars)
 
 
 def test_an_edited_template_is_exported(folder, monkeypatch):
