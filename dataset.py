@@ -1,9 +1,9 @@
 """Datasets: data/<name>/train.bin, val.bin, perhaps test.bin, and meta.json.
 
 prepare_*.py write them. A .bin file is a sequence of little-endian uint16 token ids. meta.json
-contains the tokenizer's state, vocab_size, the source and its sha256, and the number of tokens in
-each split. A dataset of conversations also has a .mask beside each .bin, a byte for each token: 1
-if the loss counts it as a target, 2 if a conversation begins with it, else 0.
+contains the tokenizer's state, vocab_size, the source and its sha256, the number of tokens in each
+split, and whether there are masks: conversations also have a .mask beside each .bin, a byte for
+each token: 1 if the loss counts it as a target, 2 if a conversation begins with it, else 0.
 """
 
 import hashlib
