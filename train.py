@@ -260,8 +260,8 @@ def measure_best_again(run, model, cfg, data, measure, ranks, progress):
 
 def sample_text(model, data, cfg, ranks, device, amp):
     """A short sample of the current model, or its answer to sample_start, to print."""
-    tokenizer, is_chat = data.tokenizer, data.splits['train'].mask is not None
-    encode = question_ids if is_chat else prompt_ids
+    tokenizer, mask = data.tokenizer, data.splits['train'].mask
+    encode = prompt_ids if mask is None or not tokenizer.chat_template else question_ids
     failure = ''
     try:
         ids = encode(tokenizer, cfg.sample_start)
@@ -274,7 +274,7 @@ def sample_text(model, data, cfg, ranks, device, amp):
         written = model.generate(prompt.to(device), cfg.sample_tokens, 0.8, top_p=0.95,
                               generator=generator, vocab_size=tokenizer.vocab_size)[0].tolist()
     shown = tokenizer.decode(written)
-    if is_chat:  # the answer alone, to its end
+    if encode is question_ids:  # the answer alone, to its end
         answer = tokenizer.decode(written[len(ids) :]).split(tokenizer.decode([tokenizer.eot]))[0]
         shown = f'{cfg.sample_start}\n{answer}'
     return ''.join(f'  | {line}\n' for line in console.printable(shown.strip('\n')).split('\n'))

@@ -264,6 +264,15 @@ def test_a_text_by_a_chat_datasets_tokenizer_is_no_conversation(asked, capsys):
     assert re.search(r'^now: .*sample\.py --out_dir=out$', shown, re.M)
 
 
+def test_a_mask_of_ones_own_beside_a_text(folder, capsys):
+    prepare_text.prepare('What is the lion? ' * 200, 'text')
+    for name in 'train', 'val':
+        mask = np.tile(np.array([2, *[0] * 11, *[1] * 6], np.uint8), 200)  # "lion? " counts
+        mask[: Split(f'data/text/{name}.bin', 256).tokens].tofile(f'data/text/{name}.mask')
+    train.main(flags(**CHAT | dict(dataset='text', max_iters=2, sample_start='What')))
+    assert re.search(r'^  \| What', capsys.readouterr().out, re.M)
+
+
 # --- files that belong together
 
 
