@@ -164,7 +164,7 @@ class Dataset:
             if split != 'test' or os.path.exists(path):
                 tokens = meta.get('tokens', {}).get(split)
                 self.splits[split] = Split(path, self.tokenizer.vocab_size, tokens)
-                if meta.get('masks') and self.splits[split].mask is None:
+                if meta.get('has_masks') and self.splits[split].mask is None:
                     raise UserError(f'{path} has no .mask beside it: prepare the dataset again')
         # Identifies the data behind a validation loss. nanoGPT's datasets contain no sha256.
         self.sha256 = meta.get('sha256')

@@ -118,14 +118,14 @@ def read_meta(folder):
     return meta
 
 
-def write_meta(folder, tokenizer, source, sha256, tokens, masks=False):
+def write_meta(folder, tokenizer, source, sha256, tokens, has_masks=False):
     """Write meta.json for the .bin files that come next; returns its contents.
 
     The old .bin files and masks are removed: a half-written dataset counts as missing.
-    tokens: how many each split has, by its name. masks: whether each has a .mask too.
+    tokens: how many each split has, by its name. has_masks: whether each has a .mask too.
     """
     meta = dict(tokenizer=tokenizer.state(), vocab_size=tokenizer.vocab_size, source=source,
-                sha256=sha256, tokens=tokens, masks=masks)
+                sha256=sha256, tokens=tokens, has_masks=has_masks)
     with atomic_file(os.path.join(folder, 'meta.json')) as file:
         file.write(json.dumps(meta, indent=1).encode() + b'\n')
         file.flush()  # a full disk must show before the old files are removed

@@ -832,16 +832,23 @@ def test_an_exported_model_chats_as_chat_does(asked, kind):
                 new[len(ids) :], prefix=new[: len(ids)]) == assistant(answer)
 
 
+def exported(*args):
+    """transformers' tokenizer of an exported run, on a dataset that prepare_chat.py made so."""
+    from transformers import AutoTokenizer
+
+    write('qa.jsonl', qa(20))
+    prepare_chat.main(['qa.jsonl', '--dataset=qa', *args])
+    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
+    export_hf.main(['--out_dir=out', '--to=new'])
+    return AutoTokenizer.from_pretrained('new')
+
+
 def test_a_tokenizer_without_a_template_exports_ours(folder):
     transformers = pytest.importorskip('transformers')
     theirs_of(gpt2_tokenizer(), eos_token='<|end|>', pad_token='<|pad|>', bos_token='<|begin|>',
               padding_side='left').save_pretrained('hf')
     (folder / 'hf/generation_config.json').write_text('{"eos_token_id": 2}', 'utf-8')
-    write('qa.jsonl', qa(20))
-    prepare_chat.main(['qa.jsonl', '--dataset=qa', '--tokenizer=hf'])
-    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
-    export_hf.main(['--out_dir=out', '--to=new'])
-    tokenizer = transformers.AutoTokenizer.from_pretrained('new')
+    tokenizer = exported('--tokenizer=hf')
     assert tokenizer.chat_template == chat.TEMPLATE and tokenizer.eos_token == '<|end|>'
     assert tokenizer.response_template['start_anchor'] == 'assistant\n'
     assert tokenizer.pad_token == '<|pad|>' and tokenizer.bos_token == '<|begin|>'  # as they were
@@ -851,15 +858,11 @@ def test_a_tokenizer_without_a_template_exports_ours(folder):
 
 
 def test_an_end_that_only_the_generation_config_names_is_exported(folder):
-    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('transformers')
     theirs_of(gpt2_tokenizer()).save_pretrained('hf')
     (folder / 'hf/generation_config.json').write_text('{"eos_token_id": 50256}', 'utf-8')
     (folder / 'hf/config.json').write_text('{"vocab_size": 1}', 'utf-8')
-    write('qa.jsonl', qa(20))
-    prepare_chat.main(['qa.jsonl', '--dataset=qa', '--tokenizer=hf'])
-    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
-    export_hf.main(['--out_dir=out', '--to=new'])
-    tokenizer = transformers.AutoTokenizer.from_pretrained('new')
+    tokenizer = exported('--tokenizer=hf')
     ids = tokenizer.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, return_dict=True)
     assert ids['input_ids'] == chat.question_ids(load_model('out')[1], MESSAGES[0]['content'])
 
@@ -880,15 +883,11 @@ def test_the_role_of_system_is_in_every_alphabet(folder):
 
 
 def test_an_edited_template_is_exported(folder, monkeypatch):
-    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('transformers')
     template = "{{ 'you answer ' + messages[0].role + '\n' }}" + chat.TEMPLATE
     for module in prepare_chat, export_hf:
         monkeypatch.setattr(module, 'TEMPLATE', template)
-    write('qa.jsonl', qa(20))
-    prepare_chat.main(['qa.jsonl', '--dataset=qa'])
-    train.train(train.TrainConfig(**CHAT | dict(max_iters=1, sample_tokens=0)))
-    export_hf.main(['--out_dir=out', '--to=hf'])
-    tokenizer = transformers.AutoTokenizer.from_pretrained('hf')
+    tokenizer = exported()
     assert tokenizer.chat_template == template
     assert tokenizer.response_template['start_anchor'] == 'assistant\n'
 

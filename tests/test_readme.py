@@ -187,7 +187,8 @@ def test_what_is_to_be_read_is_in_its_file(path):
 @each(*TUTORIALS)
 def test_what_is_to_be_deleted_or_replaced_is_in_the_source(path):
     text = ' '.join(text_of(path).split())
-    codes = re.findall(r'(?i)(?:delete|replace|apague|troque)(?: the line| a linha)? `([^`]+)', text)
+    verbs = '(?i)(?:delete|replace|apague|troque)(?: the line| a linha)?'
+    codes = re.findall(f'{verbs} `([^`]+)', text)
     sources = [text_of(file) for file in glob.glob(os.path.join(ROOT, '*.py'))]
     for code in codes:
         assert any(code.split('...')[0] in source for source in sources), code
